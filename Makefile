@@ -1,0 +1,48 @@
+# make demo | test | lint | bench | notebooks: each makes .venv when it is missing.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint bench notebooks clean
+
+# The demo needs the package alone; tests and checks, and the notebooks, add their tools to the same environment.
+.venv/.package: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.dev: .venv/.package
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[test,dev]"
+	touch $@
+
+.venv/.notebooks: .venv/.package
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[notebooks]"
+	touch $@
+
+demo: .venv/.package
+	$(BIN)/slitlamp demo
+
+test: .venv/.dev
+	$(BIN)/pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.package
+	@found=; for script in benchmarks/*.py; do \
+	  [ -e "$$script" ] || continue; found=1; echo "== $$script"; $(BIN)/python "$$script"; \
+	done; [ -n "$$found" ] || echo "There are no benchmarks yet (benchmarks/*.py)."
+
+notebooks: .venv/.notebooks
+	@found=; for notebook in notebooks/*.ipynb; do \
+	  [ -e "$$notebook" ] || continue; found=1; echo "== $$notebook"; \
+	  $(BIN)/jupyter nbconvert --to notebook --execute --output-dir runs/notebooks "$$notebook"; \
+	done; [ -n "$$found" ] || echo "There are no notebooks yet (notebooks/*.ipynb)."
+
+clean:
+	rm -rf .venv dist build

@@ -1,0 +1,54 @@
+"""slitlamp: see what a vision-language model does inside while it answers.
+
+    import slitlamp as sl
+    vlm = sl.VLM.organism()
+
+The names below are imported when they are first used, so that `import slitlamp` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from slitlamp._own_packages import check_own
+from slitlamp.errors import nearest
+
+if TYPE_CHECKING:
+    from slitlamp.experiments import Experiment, Run, load_dataset, load_run
+    from slitlamp.tracing import sites
+    from slitlamp.vlm import VLM
+
+__version__ = "0.1.0"
+
+__all__ = ["VLM", "Experiment", "Run", "__version__", "load_dataset", "load_run", "sites"]
+
+# Public name -> module, or module and attribute.
+_LAZY = {
+    "VLM": ("slitlamp.vlm", "VLM"),
+    "sites": ("slitlamp.tracing.sites", None),
+    "Experiment": ("slitlamp.experiments", "Experiment"),
+    "Run": ("slitlamp.experiments", "Run"),
+    "load_dataset": ("slitlamp.experiments", "load_dataset"),
+    "load_run": ("slitlamp.experiments", "load_run"),
+}
+
+for _name in ("probes", "interventions"):
+    check_own(_name)
+del _name
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        near = nearest(name, _LAZY, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise AttributeError(f"module 'slitlamp' has no attribute '{name}'{hint}")
+    module_name, attribute = _LAZY[name]
+    module = importlib.import_module(module_name)
+    value = module if attribute is None else getattr(module, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
