@@ -1,0 +1,7 @@
+"""Generation, and what changes it."""
+
+from slitlamp.decoding.generation import Generation
+from slitlamp.decoding.intervention import Intervention, RunContext
+from slitlamp.decoding.views import image_free
+
+__all__ = ["Generation", "Intervention", "RunContext", "image_free"]

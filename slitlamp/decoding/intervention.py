@@ -1,0 +1,78 @@
+"""What every intervention is: what it changes, when it may be used, and what to compare it with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from slitlamp.errors import InputError
+from slitlamp.models.anatomy import Anatomy
+from slitlamp.models.batch import Batch
+from slitlamp.tracing.session import Edit
+from slitlamp.tracing.sites import Site
+from slitlamp.tracing.trace import Trace
+
+Kind = Literal["input", "visual_tokens", "blocks", "logits"]
+KINDS: tuple[Kind, ...] = ("input", "visual_tokens", "blocks", "logits")
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What an intervention may use when a run starts.
+
+    Attributes:
+        batch: what the model is about to run on.
+        anatomy: the model's anatomy.
+        trace: (batch, sites, edits) -> recordings of an extra forward pass with only those edits.
+    """
+
+    batch: Batch
+    anatomy: Anatomy
+    trace: Callable[[Batch, Sequence[Site], Sequence[Edit]], Trace]
+
+
+class Intervention(ABC):
+    """A change of what a VLM does, made for the time of `vlm.apply(...)`.
+
+    Subclasses are dataclasses whose fields are the parameters; making one does no work. A run (`forward` or `generate`) asks
+    for its edits once, before the model's first call; nothing outlives the run. The neutral setting must reproduce the
+    unmodified model token for token.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Kind]
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse what cannot work on a model.
+
+        Raises:
+            InputError: a parameter is out of range for this model.
+            UnsupportedError: the model lacks what the intervention changes.
+        """
+
+    @abstractmethod
+    def edits(self, run: RunContext) -> list[Edit]:
+        """The edits of one run, in order."""
+
+    def controls(self) -> dict[str, Intervention]:
+        """Matched controls, by a short name: the same strength on other targets."""
+        return {}
+
+    def describe(self) -> str:
+        """What this does, in a few plain words."""
+        values = ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in fields(self))  # type: ignore[arg-type]
+        return f"{self.name}({values})"
+
+
+def in_order(interventions: Sequence[Any]) -> list[Intervention]:
+    """Interventions by kind (input, visual tokens, blocks, logits) and, within a kind, as given.
+
+    Raises:
+        InputError: something that is not an intervention.
+    """
+    for one in interventions:
+        if not isinstance(one, Intervention):
+            raise InputError(f"apply takes interventions, found {one!r}")
+    return sorted(interventions, key=lambda one: KINDS.index(one.kind))

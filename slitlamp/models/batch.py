@@ -1,0 +1,194 @@
+"""A batch of encoded prompts: the tensors a VLM takes and where the image tokens are in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from slitlamp.errors import InputError
+from slitlamp.models.patches import Patches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded prompts, padded on the left.
+
+    Attributes:
+        input_ids: int64 [batch, position].
+        attention_mask: int64 [batch, position], 0 at padding.
+        image_mask: bool [batch, position], true at image tokens. A mask, never a range: image tokens need not be contiguous.
+        patches: per row, the place on its images of every image token, in the order of the tokens.
+        images: per row, its images.
+        ids: per row, the item's id.
+        n_generated: per row, how many tokens at the end continue the prompt (see `with_continuation`).
+        extra: the other inputs of the model (`pixel_values`, ...).
+        pad_token_id: the id at padding positions.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    image_mask: Tensor
+    patches: tuple[Patches, ...]
+    images: tuple[tuple[Image, ...], ...]
+    ids: tuple[str, ...]
+    n_generated: tuple[int, ...]
+    pad_token_id: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def length(self) -> int:
+        """Number of positions, padding included."""
+        return int(self.input_ids.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tensors."""
+        return self.input_ids.device
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Per row, the number of positions that are not padding."""
+        return [int(n) for n in self.attention_mask.sum(dim=1).tolist()]
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Per row, the number of prompt positions (no padding, no continuation)."""
+        return [n - generated for n, generated in zip(self.lengths, self.n_generated, strict=True)]
+
+    @property
+    def has_images(self) -> bool:
+        """Whether every row has at least one image token."""
+        return bool(self.image_mask.any(dim=1).all())
+
+    @cached_property
+    def real_mask(self) -> Tensor:
+        """bool [batch, position], true where there is no padding."""
+        return self.attention_mask.bool()
+
+    @cached_property
+    def text_mask(self) -> Tensor:
+        """bool [batch, position], true at tokens that are neither image nor padding."""
+        return self.real_mask & ~self.image_mask
+
+    @cached_property
+    def text_after_image_mask(self) -> Tensor:
+        """bool [batch, position], true at text after the row's last image token; nowhere in a row without an image."""
+        images_to_come = self.image_mask.flip(1).cumsum(dim=1).flip(1)
+        return self.text_mask & (images_to_come == 0) & self.image_mask.any(dim=1, keepdim=True)
+
+    @cached_property
+    def generated_mask(self) -> Tensor:
+        """bool [batch, position], true at the tokens of the continuation."""
+        place = torch.arange(self.length, device=self.device)
+        start = self.length - torch.tensor(self.n_generated, device=self.device)
+        return place[None, :] >= start[:, None]
+
+    @cached_property
+    def before_generated_mask(self) -> Tensor:
+        """bool [batch, position], true where the state predicts a token of the continuation.
+
+        For a row without a continuation that is its last position, which predicts the first token to come.
+        """
+        before = torch.zeros_like(self.generated_mask)
+        before[:, :-1] = self.generated_mask[:, 1:]
+        bare = torch.tensor([n == 0 for n in self.n_generated], device=self.device)
+        before[:, -1] |= bare
+        return before
+
+    @cached_property
+    def last_prompt_position(self) -> Tensor:
+        """int64 [batch], the position of the last prompt token, whose state predicts the first generated token."""
+        return self.length - 1 - torch.tensor(self.n_generated, device=self.device)
+
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments for the Hugging Face model."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.extra}
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
+        extra = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.extra.items()}
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            image_mask=self.image_mask.to(device),
+            extra=extra,
+        )
+
+    def _rows(self) -> list[tuple[Tensor, Tensor]]:
+        return [(ids[real], image[real]) for ids, image, real in zip(self.input_ids, self.image_mask, self.real_mask, strict=True)]
+
+    def _repacked(self, rows: Sequence[tuple[Tensor, Tensor]], **changes: Any) -> Batch:
+        """The batch with other tokens: rows of (ids, image mask) without padding, padded on the left again."""
+        length = max(len(ids) for ids, _ in rows)
+        ids = self.input_ids.new_full((len(rows), length), self.pad_token_id)
+        mask = self.attention_mask.new_zeros(len(rows), length)
+        image = self.image_mask.new_zeros(len(rows), length)
+        for row, (row_ids, row_image) in enumerate(rows):
+            start = length - len(row_ids)
+            ids[row, start:] = row_ids
+            mask[row, start:] = 1
+            image[row, start:] = row_image
+        return replace(self, input_ids=ids, attention_mask=mask, image_mask=image, **changes)
+
+    def without_images(self) -> Batch:
+        """The same prompts with every image token deleted: shorter rows, no pixels (the image-free input of VHD, VDD, M3ID)."""
+        rows = [(ids[~image], image[~image]) for ids, image in self._rows()]
+        empty = Patches.join([])
+        return self._repacked(
+            rows,
+            patches=tuple(empty for _ in rows),
+            images=tuple(() for _ in rows),
+            extra={},
+        )
+
+    def prompt_only(self) -> Batch:
+        """The batch without its continuation."""
+        rows = [
+            (ids[: len(ids) - n], image[: len(ids) - n]) for (ids, image), n in zip(self._rows(), self.n_generated, strict=True)
+        ]
+        return self._repacked(rows, n_generated=tuple(0 for _ in rows))
+
+    def with_continuation(self, tokens: Sequence[Sequence[int]]) -> Batch:
+        """The batch with tokens put after each prompt, to be run in one forward pass (teacher forcing).
+
+        Args:
+            tokens: per row, the ids that follow the prompt, for example `Generation.tokens`.
+
+        Raises:
+            InputError: not one list of tokens per row.
+        """
+        if len(tokens) != self.size:
+            raise InputError(f"with_continuation takes one list of tokens per row: {self.size} rows, {len(tokens)} lists")
+        rows = []
+        for (ids, image), more in zip(self.prompt_only()._rows(), tokens, strict=True):
+            added = torch.tensor(list(more), dtype=ids.dtype, device=ids.device)
+            rows.append((torch.cat([ids, added]), torch.cat([image, image.new_zeros(len(added))])))
+        return self._repacked(rows, n_generated=tuple(len(more) for more in tokens))
+
+    def with_pixels(self, pixel_values: Tensor) -> Batch:
+        """The batch with other pixels of the same shape.
+
+        Raises:
+            InputError: no pixels in this batch, or another shape.
+        """
+        old = self.extra.get("pixel_values")
+        if not isinstance(old, Tensor) or old.shape != pixel_values.shape:
+            shape = tuple(old.shape) if isinstance(old, Tensor) else None
+            raise InputError(f"pixel_values of shape {tuple(pixel_values.shape)} for a batch with pixels of shape {shape}")
+        return replace(self, extra={**self.extra, "pixel_values": pixel_values})
+
+    def __repr__(self) -> str:
+        images = [len(row) for row in self.images]
+        return f"Batch({self.size} rows, {self.length} positions, images per row {images}, image tokens {self.image_mask.sum(1).tolist()})"

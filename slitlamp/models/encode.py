@@ -1,0 +1,152 @@
+"""Images and prompts to a `Batch`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from slitlamp.errors import InputError, UnsupportedError
+from slitlamp.models.anatomy import Anatomy
+from slitlamp.models.batch import Batch
+from slitlamp.models.images import load_image, per_prompt
+from slitlamp.models.patches import Patches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def encode(
+    processor: Any,
+    config: PreTrainedConfig,
+    anatomy: Anatomy,
+    *,
+    images: Sequence[Any] | None,
+    prompts: Sequence[str] | str,
+    ids: Sequence[str] | None = None,
+    chat: bool | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Batch:
+    """Encode prompts with their images, padded on the left.
+
+    Args:
+        processor: the model's Hugging Face processor.
+        config: the model's configuration.
+        anatomy: the model's anatomy.
+        images: None, or one entry per prompt: an image (path, PIL image, uint8 array), None for a text-only prompt, or a
+            list of images.
+        prompts: one text per row. With a chat template the image placeholders may be left out: the images then come
+            before the text. Without one, every image needs its placeholder in the text.
+        ids: one id per row, kept in the batch; by default "0", "1", ...
+        chat: whether to wrap prompts in the processor's chat template; by default if it has one.
+        device, dtype: of the tensors; only floating-point inputs take the dtype.
+
+    Returns:
+        The batch.
+
+    Raises:
+        InputError: an empty batch, an empty prompt, an unusable image, or placeholders that do not match the images.
+        UnsupportedError: the processor and the family's entry disagree on the number of image tokens.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise InputError("the batch is empty: prompts holds no text")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"prompt {row}: expected a text, found {text!r}")
+    names = [str(row) for row in range(len(texts))] if ids is None else [str(one) for one in ids]
+    if len(names) != len(texts):
+        raise InputError(f"{len(names)} ids for {len(texts)} prompts")
+    loaded = [
+        [load_image(source, f"image {number} of prompt {row}") for number, source in enumerate(sources)]
+        for row, sources in enumerate(per_prompt(images, len(texts)))
+    ]
+
+    placeholder = str(processor.image_token)
+    template = getattr(processor, "chat_template", None)
+    use_chat = bool(template) if chat is None else chat
+    if use_chat and not template:
+        raise InputError("chat=True, but this processor has no chat template; pass chat=False and put the placeholders yourself")
+    rows = []
+    for row, (text, row_images) in enumerate(zip(texts, loaded, strict=True)):
+        _check_placeholders(text, len(row_images), placeholder, row, may_be_left_out=use_chat)
+        rows.append(_chat(processor, text, len(row_images), placeholder) if use_chat else text)
+
+    processed = _process(processor, rows, [image for row_images in loaded for image in row_images])
+    input_ids: Tensor = processed["input_ids"]
+    image_mask = input_ids == anatomy.image_token_id
+    patches = _patches(config, anatomy, processed, [len(row_images) for row_images in loaded])
+    for row, found in enumerate(image_mask.sum(dim=1).tolist()):
+        if found != len(patches[row]):
+            raise UnsupportedError(
+                f"prompt {row}: the processor made {found} image tokens, but the {anatomy.family.name} entry expects "
+                f"{len(patches[row])} for its images; patch size, feature layer and select strategy of processor and model must agree"
+            )
+    extra = {}
+    for name, value in processed.items():
+        if name not in ("input_ids", "attention_mask"):
+            moved = value.to(device) if isinstance(value, Tensor) else value
+            extra[name] = moved.to(dtype) if isinstance(moved, Tensor) and moved.is_floating_point() else moved
+    pad = processor.tokenizer.pad_token_id
+    return Batch(
+        input_ids=input_ids.to(device),
+        attention_mask=processed["attention_mask"].to(device),
+        image_mask=image_mask.to(device),
+        patches=tuple(patches),
+        images=tuple(tuple(row_images) for row_images in loaded),
+        ids=tuple(names),
+        n_generated=tuple(0 for _ in texts),
+        pad_token_id=int(pad if pad is not None else processor.tokenizer.eos_token_id),
+        extra=extra,
+    )
+
+
+def _check_placeholders(text: str, n_images: int, placeholder: str, row: int, *, may_be_left_out: bool) -> None:
+    found = text.count(placeholder)
+    if found == n_images or (found == 0 and may_be_left_out):
+        return
+    if found > n_images:
+        raise InputError(f"prompt {row}: {found} placeholders {placeholder!r} for {n_images} images")
+    hint = "" if found else f"; put {placeholder!r} in the text where each image belongs"
+    raise InputError(f"prompt {row}: {n_images} images for {found} placeholders {placeholder!r}{hint}")
+
+
+def _chat(processor: Any, text: str, n_images: int, placeholder: str) -> str:
+    """One user turn with the images where the placeholders are, or before the text."""
+    content: list[dict[str, str]] = []
+    if placeholder in text:
+        for number, piece in enumerate(text.split(placeholder)):
+            if number:
+                content.append({"type": "image"})
+            if piece.strip():
+                content.append({"type": "text", "text": piece.strip()})
+    else:
+        content = [{"type": "image"} for _ in range(n_images)] + [{"type": "text", "text": text}]
+    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False))
+
+
+def _process(processor: Any, texts: list[str], images: list[Image]) -> Mapping[str, Any]:
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise InputError("this processor's tokenizer has neither a padding nor an end token; set tokenizer.pad_token")
+    options: dict[str, Any] = {"padding": len(texts) > 1, "padding_side": "left", "return_tensors": "pt"}
+    if tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token):
+        options["add_special_tokens"] = False  # the chat template has put it already
+    processed: Mapping[str, Any] = processor(text=texts, images=images or None, **options)
+    return processed
+
+
+def _patches(
+    config: PreTrainedConfig, anatomy: Anatomy, processed: Mapping[str, Any], images_per_row: list[int]
+) -> list[Patches]:
+    n_images = sum(images_per_row)
+    of_image = anatomy.family.patches(config, processed, n_images) if n_images else []
+    rows, start = [], 0
+    for count in images_per_row:
+        rows.append(Patches.join(of_image[start : start + count]))
+        start += count
+    return rows

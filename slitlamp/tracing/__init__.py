@@ -1,0 +1,9 @@
+"""Recording and editing what a VLM computes."""
+
+from slitlamp.tracing.call import Calls
+from slitlamp.tracing.probe import Probe, ProbeResult
+from slitlamp.tracing.session import Edit, session
+from slitlamp.tracing.sites import Site, canonical_name, check_sites
+from slitlamp.tracing.trace import SiteRecord, Step, Trace
+
+__all__ = ["Calls", "Edit", "Probe", "ProbeResult", "Site", "SiteRecord", "Step", "Trace", "canonical_name", "check_sites", "session"]

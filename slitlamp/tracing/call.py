@@ -1,0 +1,144 @@
+"""Which positions a forward call of the model runs over, and how names such as "image" choose among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slitlamp.errors import InputError, UnsupportedError
+from slitlamp.models.batch import Batch
+from slitlamp.tracing.sites import Positions
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Chosen positions of each row, packed to the left.
+
+    Attributes:
+        index: int64 [row, chosen], the positions; 0 where there is none.
+        valid: bool [row, chosen], false where a row has fewer positions than another.
+        full: whether every row has the same number of positions (`valid` is true everywhere).
+        everything: whether all positions are chosen in their order, so that nothing need be gathered.
+    """
+
+    index: Tensor
+    valid: Tensor
+    full: bool
+    everything: bool
+
+    @property
+    def count(self) -> int:
+        """The largest number of positions of a row."""
+        return int(self.index.shape[1])
+
+    @staticmethod
+    def of(mask: Tensor) -> Selection:
+        """From a bool mask [row, position]."""
+        counts = mask.sum(dim=1)
+        count = int(counts.max())
+        index = torch.argsort(mask.logical_not().to(torch.uint8), dim=1, stable=True)[:, :count]
+        valid = torch.arange(count, device=mask.device)[None, :] < counts[:, None]
+        full = bool(valid.all())
+        return Selection(torch.where(valid, index, 0), valid, full, everything=full and count == mask.shape[1])
+
+
+class Calls:
+    """The forward calls of one run: a prefill over the batch, then one call per decoded token.
+
+    A row counts until its end token has been fed back; what the model computes for it afterwards is not recorded.
+    """
+
+    def __init__(self, batch: Batch, end_tokens: tuple[int, ...] = ()) -> None:
+        self.batch = batch
+        self.end_tokens = torch.tensor(end_tokens, dtype=torch.int64, device=batch.device)
+        self.number = -1
+        self._fed: list[Tensor] = []
+        self._cache: dict[tuple[str, int], Selection | None] = {}
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the current call runs over the prompt."""
+        return self.number == 0
+
+    def begin(self, input_ids: Tensor | None) -> None:
+        """A forward call of the whole model starts on these ids [batch, position].
+
+        Raises:
+            UnsupportedError: the call is neither the batch's prefill nor a decode step of one token.
+        """
+        self.number += 1
+        self._cache.clear()
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        expected = tuple(self.batch.input_ids.shape) if self.number == 0 else (self.batch.size, 1)
+        if input_ids is None or shape != expected:
+            raise UnsupportedError(
+                f"forward call {self.number} ran over input ids of shape {shape}, expected {expected}; beam search, assisted "
+                "decoding and chunked prefill cannot be traced or edited"
+            )
+        if self.number > 0:
+            alive = self._fed[-1] if self._fed else torch.ones(self.batch.size, dtype=torch.bool, device=self.batch.device)
+            ended = (input_ids[:, 0, None] == self.end_tokens[None, :]).any(dim=1)
+            self._fed.append(alive & ~ended)
+
+    def select(self, positions: Positions) -> Selection | None:
+        """The chosen query positions of the current call; None where no row has any."""
+        key = ("query:" + positions if isinstance(positions, str) else "query:mask", 0 if isinstance(positions, str) else id(positions))
+        if key not in self._cache:
+            mask = self._prefill_mask(positions) if self.is_prefill else self._decode_mask(positions)
+            self._cache[key] = Selection.of(mask) if bool(mask.any()) else None
+        return self._cache[key]
+
+    def select_keys(self, positions: Positions) -> Selection | None:
+        """The chosen key positions of the current call: those of the prompt and of the tokens fed back so far."""
+        if self.is_prefill:
+            return self.select(positions)
+        key = ("key:" + positions if isinstance(positions, str) else "key:mask", 0 if isinstance(positions, str) else id(positions))
+        if key not in self._cache:
+            if isinstance(positions, str) and positions in ("last", "before_generated"):
+                raise InputError(f"keys={positions!r} has no meaning in a decode step; choose 'image', 'text', 'all' or a mask")
+            prompt = self._prefill_mask(positions)
+            fed = torch.stack(self._fed, dim=1)
+            if not self._counts_generated(positions):
+                fed = torch.zeros_like(fed)
+            mask = torch.cat([prompt, fed], dim=1)
+            self._cache[key] = Selection.of(mask) if bool(mask.any()) else None
+        return self._cache[key]
+
+    def _prefill_mask(self, positions: Positions) -> Tensor:
+        batch = self.batch
+        if isinstance(positions, Tensor):
+            if tuple(positions.shape) != (batch.size, batch.length):
+                raise InputError(f"a position mask of shape {list(positions.shape)} for a batch of shape {[batch.size, batch.length]}")
+            return positions.to(batch.device) & batch.real_mask
+        if positions == "last":
+            mask = torch.zeros_like(batch.image_mask)
+            mask[:, -1] = True
+            return mask
+        masks = {
+            "all": lambda: batch.real_mask,
+            "image": lambda: batch.image_mask,
+            "text": lambda: batch.text_mask,
+            "text_after_image": lambda: batch.text_after_image_mask,
+            "generated": lambda: batch.generated_mask,
+            "before_generated": lambda: batch.before_generated_mask,
+        }
+        return masks[positions]()
+
+    def _decode_mask(self, positions: Positions) -> Tensor:
+        alive = self._fed[-1][:, None]
+        return alive if self._counts_generated(positions) else torch.zeros_like(alive)
+
+    def _counts_generated(self, positions: Positions) -> bool:
+        """Whether a token that was fed back is among the positions."""
+        return isinstance(positions, str) and positions != "image"
+
+
+def vision_selection(n_rows: int, n_positions: int, positions: Positions, has_cls: bool, device: torch.device) -> Selection:
+    """The chosen positions of a vision tower: "all", "cls" (the first) or "patches" (all but the CLS)."""
+    first = 1 if has_cls and positions == "patches" else 0
+    last = 1 if positions == "cls" else n_positions
+    index = torch.arange(first, last, device=device)[None, :].expand(n_rows, -1)
+    everything = first == 0 and last == n_positions
+    return Selection(index, torch.ones_like(index, dtype=torch.bool), full=True, everything=everything)

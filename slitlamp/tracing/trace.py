@@ -1,0 +1,155 @@
+"""What a trace gives back: recordings by site, layer and forward call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from slitlamp.errors import InputError, unknown
+from slitlamp.models.batch import Batch
+from slitlamp.tracing.sites import _CANONICAL, Site
+
+
+@dataclass
+class Step:
+    """The recordings of one forward call: call 0 runs over the prompt, call t over generated token t - 1.
+
+    `step[label][layer]` is a tensor; `masks[label]` is bool [row, position] (attention: [row, query]), true where a
+    recording is real; `key_masks[label]` the same for the keys of attention.
+    """
+
+    values: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    key_masks: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, label: str) -> dict[int, Tensor]:
+        if label not in self.values:
+            raise unknown("recording in this step", label, self.values)
+        return self.values[label]
+
+    def __contains__(self, label: str) -> bool:
+        return label in self.values
+
+
+class SiteRecord(Mapping[int, Tensor]):
+    """The recordings of one site, by layer; forward calls are joined along the position (or query) axis."""
+
+    def __init__(self, site: Site, steps: list[Step]) -> None:
+        self.site = site
+        self._steps = [step for step in steps if site.label in step.values]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The recorded layers."""
+        return tuple(self._steps[0].values[self.site.label]) if self._steps else ()
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the axes."""
+        return self.site.axes
+
+    def __getitem__(self, layer: int) -> Tensor:
+        if not self._steps:
+            raise InputError(f"{self.site.label!r} recorded nothing: no position of this run is among {self._asked()!r}")
+        if layer not in self.layers:
+            raise InputError(f"layer {layer} of {self.site.label!r} was not recorded; recorded: {list(self.layers)}")
+        parts = [step.values[self.site.label][layer] for step in self._steps]
+        if len(parts) == 1:
+            return parts[0]
+        if "key" in self.axes:
+            width = max(part.shape[-1] for part in parts)
+            parts = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]
+        axis = "query" if self.site.is_attention else "position"
+        if axis not in self.axes:
+            return torch.stack(parts, dim=1)
+        return torch.cat(parts, dim=self.axes.index(axis))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def stack(self) -> Tensor:
+        """All layers as one tensor [layer, ...]."""
+        return torch.stack([self[layer] for layer in self.layers])
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [row, position] (attention: [row, query]), true where a recording is real and not padding of a shorter row."""
+        masks = [step.masks[self.site.label] for step in self._steps]
+        return torch.cat(masks, dim=1) if masks else torch.zeros(0, 0, dtype=torch.bool)
+
+    @property
+    def key_mask(self) -> Tensor:
+        """bool [row, key] of the last forward call, true where a key is real (attention only)."""
+        return self._steps[-1].key_masks[self.site.label]
+
+    def _asked(self) -> object:
+        site = self.site
+        return (site.queries, site.keys) if site.is_attention else site.positions
+
+    def __repr__(self) -> str:
+        shape = tuple(self[self.layers[0]].shape) if self.layers else ()
+        return f"{self.site.label}: layers {list(self.layers)}, axes {self.axes}, shape {shape}"
+
+
+class Trace:
+    """Recordings of one run. `trace["resid_post"][2]` is a tensor; `trace.steps[t]` holds those of one forward call.
+
+    TransformerLens's names are taken too: `trace["blocks.2.hook_resid_post"]`.
+    """
+
+    def __init__(self, sites: list[Site]) -> None:
+        self.sites = {site.label: site for site in sites}
+        self.steps: list[Step] = []
+        self.batch: Batch | None = None
+        self.views: dict[str, Trace] = {}
+
+    def record(self, label: str) -> SiteRecord:
+        """The recordings of one site.
+
+        Raises:
+            UnknownNameError: no such recording was asked for.
+            InputError: nothing has run inside the trace yet.
+        """
+        if label not in self.sites:
+            raise unknown("recording", label, self.sites)
+        if self.batch is None:
+            raise InputError("this trace has recorded nothing: call vlm.forward or vlm.generate inside its with-block")
+        return SiteRecord(self.sites[label], self.steps)
+
+    def __getitem__(self, label: str) -> SiteRecord:
+        found = _layer_of(label)
+        return self.record(label) if found is None else self.record(found[0])[found[1]]  # type: ignore[return-value]
+
+    def __contains__(self, label: str) -> bool:
+        return label in self.sites
+
+    def mask(self, label: str) -> Tensor:
+        """bool [row, position], true where a recording is real; shorter rows are padded on the right."""
+        return self.record(label).mask
+
+    def nbytes(self) -> int:
+        """Bytes of all recordings."""
+        tensors = (one for step in self.steps for layers in step.values.values() for one in layers.values())
+        return sum(one.element_size() * one.numel() for one in tensors)
+
+    def __repr__(self) -> str:
+        if self.batch is None:
+            return f"Trace({', '.join(self.sites)}; nothing has run yet)"
+        lines = [f"Trace of {self.batch.size} rows, {len(self.steps)} forward calls, {self.nbytes() / 1e6:.1f} MB"]
+        return "\n  ".join([*lines, *(repr(self.record(label)) for label in self.sites)])
+
+
+def _layer_of(name: str) -> tuple[str, int] | None:
+    """Site and layer of a TransformerLens name, or None."""
+    for site, pattern in _CANONICAL.items():
+        found = re.fullmatch(re.escape(pattern).replace(re.escape("{layer}"), r"(\d+)"), name)
+        if found:
+            return site, int(found.group(1))
+    return None

@@ -1,0 +1,319 @@
+"""`VLM`: a vision-language model that can be recorded and edited."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slitlamp.decoding.generation import Generation, token_spans
+from slitlamp.decoding.intervention import Intervention, RunContext, in_order
+from slitlamp.errors import InputError, UnsupportedError
+from slitlamp.models import Anatomy, Batch, family_of, read_anatomy
+from slitlamp.models.encode import encode
+from slitlamp.tracing import Edit, Probe, Site, Trace, check_sites, session
+from slitlamp.tracing.probe import Labels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ORGANISM_WEIGHTS = Path(__file__).parent / "organism" / "weights"
+
+
+class VLM:
+    """A Hugging Face vision-language model with its processor.
+
+    The model is never changed: hooks and edits are attached for the time of one `forward` or `generate` and gone after it.
+
+    Attributes:
+        model: the Hugging Face model.
+        processor: its processor.
+        name: where it came from.
+        anatomy: its sizes and module paths.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any, name: str) -> None:
+        self.model = model
+        self.processor = processor
+        self.name = name
+        self.anatomy: Anatomy = read_anatomy(model)
+        self._traces: list[Trace] = []
+        self._interventions: list[Intervention] = []
+        self._lock = threading.RLock()
+
+    # -- making one -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def organism(cls, seed: int = 0, *, dtype: torch.dtype | str = "float32", device: torch.device | str = "cpu") -> VLM:
+        """The embedded model: a small LLaVA trained on emoji scenes, shipped with the package.
+
+        Args:
+            seed: which of the shipped trainings (0 or 1).
+            dtype, device: of the weights in use; they are stored in fp16.
+
+        Raises:
+            InputError: no such seed.
+        """
+        folder = ORGANISM_WEIGHTS / f"seed{seed}"
+        if not folder.is_dir():
+            shipped = sorted(one.name for one in ORGANISM_WEIGHTS.glob("seed*"))
+            raise InputError(f"no embedded model of seed {seed}; shipped: {', '.join(shipped) or 'none'}")
+        vlm = cls.from_pretrained(folder, dtype=dtype, device=device)
+        vlm.name = f"organism:{seed}"
+        return vlm
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        device_map: Any = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> VLM:
+        """Load a model and its processor from a folder or a hub.
+
+        Args:
+            name: folder or hub id.
+            dtype: "auto" or a torch dtype, by name or as such.
+            device: where to put it; by default where it is loaded (CPU), or what `device_map` says.
+            device_map: passed to transformers (needs accelerate).
+            revision: of the hub repository.
+            trust_remote_code: whether to run code that the repository brings.
+            options: further arguments of `AutoModelForImageTextToText.from_pretrained`.
+
+        Raises:
+            UnsupportedError: a family that slitlamp does not know; found from the configuration, before the weights are loaded.
+            InputError: `device` and `device_map` together.
+        """
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+        if device is not None and device_map is not None:
+            raise InputError("give device or device_map, not both")
+        hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if revision is not None:
+            hub["revision"] = revision
+        family_of(AutoConfig.from_pretrained(name, **hub))
+        processor = AutoProcessor.from_pretrained(name, **hub)
+        if device_map is not None:
+            options["device_map"] = device_map
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **hub, **options)
+        if device is not None:
+            model = model.to(device)
+        return cls(model.eval(), processor, str(name))
+
+    @classmethod
+    def wrap(cls, model: PreTrainedModel, processor: Any, name: str | None = None) -> VLM:
+        """A VLM from a model and a processor that you already hold."""
+        return cls(model, processor, name or str(getattr(model.config, "name_or_path", "") or type(model).__name__))
+
+    # -- facts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """The device that takes the input ids."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.model.dtype
+
+    @cached_property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The ids that end a generation."""
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        return () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes of all weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        one = self.anatomy
+        heads = f"{one.n_heads} heads" + (f" ({one.n_kv_heads} key/value)" if one.n_kv_heads != one.n_heads else "")
+        return (
+            f"VLM({self.name}: {one.family.name}, {one.n_layers} layers x {heads}, d_model {one.d_model}; "
+            f"vision {one.n_vision_layers} x {one.n_vision_heads}, {'CLS' if one.has_cls else 'no CLS'}; {self.dtype}, {self.device})"
+        )
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        images: Sequence[Any] | None = None,
+        prompts: Sequence[str] | str = (),
+        *,
+        ids: Sequence[str] | None = None,
+        chat: bool | None = None,
+    ) -> Batch:
+        """Images and prompts to a batch; see `slitlamp.models.encode.encode`."""
+        return encode(
+            self.processor,
+            self.model.config,
+            self.anatomy,
+            images=images,
+            prompts=prompts,
+            ids=ids,
+            chat=chat,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    @contextmanager
+    def trace(self, *sites: Site) -> Iterator[Trace]:
+        """Record sites in the one `forward` or `generate` that runs inside.
+
+        Raises:
+            UnknownNameError, InputError: a site that this model does not have.
+        """
+        trace = Trace(check_sites(sites, self.anatomy))
+        self._traces.append(trace)
+        try:
+            yield trace
+        finally:
+            self._traces.remove(trace)
+
+    @contextmanager
+    def apply(self, *interventions: Intervention) -> Iterator[None]:
+        """Run with interventions: by kind (input, visual tokens, blocks, logits), within a kind as given.
+
+        A nested `apply` adds to the outer one.
+
+        Raises:
+            InputError, UnsupportedError: an intervention that does not fit this model.
+        """
+        chosen = in_order(interventions)
+        for one in chosen:
+            one.check(self.anatomy)
+        before = list(self._interventions)
+        self._interventions = in_order([*before, *chosen])
+        try:
+            yield
+        finally:
+            self._interventions = before
+
+    def _edits(self, batch: Batch) -> list[Edit]:
+        context = RunContext(batch=batch, anatomy=self.anatomy, trace=self._extra_pass)
+        return [edit for one in self._interventions for edit in one.edits(context)]
+
+    def _extra_pass(self, batch: Batch, sites: Sequence[Site], edits: Sequence[Edit]) -> Trace:
+        trace = Trace(check_sites(sites, self.anatomy))
+        with session(self.model, self.anatomy, batch, traces=[trace], edits=edits):
+            self._call(batch, logits_to_keep=1)
+        return trace
+
+    def _call(self, batch: Batch, **options: Any) -> Any:
+        positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # as generate counts them: padding has no place
+        return self.model(**batch.inputs(), position_ids=positions, use_cache=False, return_dict=True, **options)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, *, logits_to_keep: int = 0) -> Any:
+        """One forward pass, under the traces and interventions in force.
+
+        Args:
+            batch: from `encode`, or with a continuation.
+            logits_to_keep: how many last positions get logits; 0 for all.
+
+        Returns:
+            The Hugging Face model's output.
+        """
+        with self._lock, session(self.model, self.anatomy, batch, traces=self._open_traces(), edits=self._edits(batch)):
+            return self._call(batch, logits_to_keep=logits_to_keep)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, *, max_new_tokens: int = 64, seed: int | None = None, **options: Any) -> Generation:
+        """Generate after each prompt, under the traces and interventions in force.
+
+        Args:
+            batch: from `encode`.
+            max_new_tokens: limit of new tokens.
+            seed: of sampling; greedy decoding takes none.
+            options: further arguments of Hugging Face's `generate` (`do_sample`, `temperature`, `top_p`, ...). Greedy unless
+                `do_sample=True`.
+
+        Raises:
+            InputError: a batch with a continuation, a seed without sampling or sampling without a seed, no new tokens.
+            UnsupportedError: beam search and other decoding that runs more than one sequence per row.
+        """
+        if any(batch.n_generated):
+            raise InputError("generate takes prompts; this batch has a continuation (see Batch.prompt_only)")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be 1 or more, found {max_new_tokens}")
+        sample = bool(options.setdefault("do_sample", False))
+        if sample == (seed is None):
+            raise InputError("sampling needs a seed, so that it can be repeated" if sample else "greedy decoding takes no seed")
+        for option in ("num_beams", "num_return_sequences"):
+            if options.get(option, 1) != 1:
+                raise UnsupportedError(f"{option}={options[option]}: one sequence per row only")
+        if not sample:  # a model's own defaults for sampling would only make transformers warn
+            options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        with (
+            self._lock,
+            torch.random.fork_rng(enabled=sample),
+            session(
+                self.model,
+                self.anatomy,
+                batch,
+                traces=self._open_traces(),
+                edits=self._edits(batch),
+                end_tokens=self.end_tokens,
+            ),
+        ):
+            if seed is not None:
+                torch.manual_seed(seed)
+            output = self.model.generate(
+                **batch.inputs(), max_new_tokens=max_new_tokens, num_beams=1, pad_token_id=batch.pad_token_id, **options
+            )
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        return self._generation(batch, sequences[:, batch.length :].tolist())
+
+    def _generation(self, batch: Batch, rows: list[list[int]]) -> Generation:
+        tokens, stopped = [], []
+        for row in rows:
+            end = next((place for place, token in enumerate(row) if token in self.end_tokens), None)
+            stopped.append(end is not None)
+            tokens.append(tuple(row if end is None else row[: end + 1]))
+        decoded = [token_spans(self.tokenizer, row) for row in tokens]
+        return Generation(
+            batch=batch,
+            tokens=tuple(tokens),
+            texts=tuple(text for text, _ in decoded),
+            spans=tuple(spans for _, spans in decoded),
+            stopped=tuple(stopped),
+        )
+
+    def measure(self, probe: Probe, batch: Batch, labels: Labels | None = None) -> None:
+        """Run a batch, and the other versions of it that a probe asks for, and give the recordings to the probe."""
+        sites = probe.sites(self.anatomy)
+        with self.trace(*sites) as trace:
+            self.forward(batch, logits_to_keep=1)
+        for name, view in probe.views(self.anatomy).items():
+            other, edits = view(batch)
+            with self._lock, torch.no_grad():
+                trace.views[name] = self._extra_pass(other, sites, edits)
+        probe.update(batch, trace, labels)
+
+    def _open_traces(self) -> list[Trace]:
+        return list(self._traces)
