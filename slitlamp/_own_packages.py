@@ -1,4 +1,4 @@
-"""The check that `probes` and `interventions` are the ones that this distribution installs, not others of the same name."""
+"""The check that `probes` and `interventions` are this distribution's own, not others of the same name."""
 
 from __future__ import annotations
 
