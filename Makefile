@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # The demo needs the package alone; tests and checks, and the notebooks, add their tools to the same environment.
 .venv/.package: pyproject.toml constraints.txt
+	@echo "Making .venv (one to two minutes; needs 2 GB)"
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet --constraint constraints.txt --editable .
 	touch $@
