@@ -29,6 +29,7 @@ class Batch:
         n_generated: per row, how many tokens at the end continue the prompt (see `with_continuation`).
         extra: the other inputs of the model (`pixel_values`, ...).
         pad_token_id: the id at padding positions.
+        image_token_id: the id at image positions.
     """
 
     input_ids: Tensor
@@ -39,6 +40,7 @@ class Batch:
     ids: tuple[str, ...]
     n_generated: tuple[int, ...]
     pad_token_id: int
+    image_token_id: int
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -167,12 +169,14 @@ class Batch:
             tokens: per row, the ids that follow the prompt, for example `Generation.tokens`.
 
         Raises:
-            InputError: not one list of tokens per row.
+            InputError: not one list of tokens per row, or an image token among them (the model would look for its image).
         """
         if len(tokens) != self.size:
             raise InputError(f"with_continuation takes one list of tokens per row: {self.size} rows, {len(tokens)} lists")
         rows = []
         for (ids, image), more in zip(self.prompt_only()._rows(), tokens, strict=True):
+            if self.image_token_id in more:
+                raise InputError(f"the continuation holds the image token (id {self.image_token_id}), which has no image of its own")
             added = torch.tensor(list(more), dtype=ids.dtype, device=ids.device)
             rows.append((torch.cat([ids, added]), torch.cat([image, image.new_zeros(len(added))])))
         return self._repacked(rows, n_generated=tuple(len(more) for more in tokens))

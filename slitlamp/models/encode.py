@@ -101,6 +101,7 @@ def encode(
         ids=tuple(names),
         n_generated=tuple(0 for _ in texts),
         pad_token_id=int(pad if pad is not None else processor.tokenizer.eos_token_id),
+        image_token_id=anatomy.image_token_id,
         extra=extra,
     )
 
@@ -144,7 +145,7 @@ def _patches(
     config: PreTrainedConfig, anatomy: Anatomy, processed: Mapping[str, Any], images_per_row: list[int]
 ) -> list[Patches]:
     n_images = sum(images_per_row)
-    of_image = anatomy.family.patches(config, processed, n_images) if n_images else []
+    of_image = anatomy.family.patches(config, processed, n_images, anatomy.has_cls) if n_images else []
     rows, start = [], 0
     for count in images_per_row:
         rows.append(Patches.join(of_image[start : start + count]))

@@ -17,8 +17,8 @@ from slitlamp.models.patches import Patches, llava_next_patches, llava_patches
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-PatchRule = Callable[["PreTrainedConfig", Mapping[str, Any], int], list[Patches]]
-"""(model config, processor output, number of images) -> the patches of every image, in the order of its tokens."""
+PatchRule = Callable[["PreTrainedConfig", Mapping[str, Any], int, bool], list[Patches]]
+"""(model config, processor output, number of images, whether the tower has a CLS token) -> the patches of every image, in the order of its tokens."""
 
 
 @dataclass(frozen=True)

@@ -95,35 +95,41 @@ def _grid(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return row.flatten(), column.flatten()
 
 
-def _base_grid(config: PreTrainedConfig, height: int, width: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Rows and columns of the whole-image view, with its CLS token first where the model keeps it."""
+def _base_grid(
+    config: PreTrainedConfig, height: int, width: int, *, has_cls: bool
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Rows and columns of the whole-image view, with its CLS token first where the tower has one and the model keeps it."""
     patch = int(config.vision_config.patch_size)
     shape = (height // patch, width // patch)
     row, column = _grid(*shape)
     strategy = config.vision_feature_select_strategy
-    if strategy == "full":
+    if strategy == "full" and has_cls:
         cls = torch.tensor([-1])
         return torch.cat([cls, row]), torch.cat([cls, column]), shape
-    if strategy == "default":
+    if strategy in ("default", "full"):
         return row, column, shape
     raise UnsupportedError(f"vision_feature_select_strategy {strategy!r} is not known; known: 'default', 'full'")
 
 
-def llava_patches(config: PreTrainedConfig, processed: Mapping[str, Any], n_images: int) -> list[Patches]:
+def llava_patches(
+    config: PreTrainedConfig, processed: Mapping[str, Any], n_images: int, has_cls: bool
+) -> list[Patches]:
     """LLaVA-1.5: one grid per image in raster order, after the CLS token if the model keeps it."""
     height, width = processed["pixel_values"].shape[-2:]
-    row, column, shape = _base_grid(config, int(height), int(width))
+    row, column, shape = _base_grid(config, int(height), int(width), has_cls=has_cls)
     zero = torch.zeros_like(row)
     return [Patches(zero, row, column, zero, {(0, BASE_VIEW): shape}) for _ in range(n_images)]
 
 
-def llava_next_patches(config: PreTrainedConfig, processed: Mapping[str, Any], n_images: int) -> list[Patches]:
+def llava_next_patches(
+    config: PreTrainedConfig, processed: Mapping[str, Any], n_images: int, has_cls: bool
+) -> list[Patches]:
     """LLaVA-NeXT: the whole image, then the tiles as one grid with the padding cut off, each row closed by a newline token."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     side = int(config.vision_config.image_size)
     patch = int(config.vision_config.patch_size)
-    base_row, base_column, base_shape = _base_grid(config, side, side)
+    base_row, base_column, base_shape = _base_grid(config, side, side, has_cls=has_cls)
     found = []
     for size in processed["image_sizes"][:n_images]:
         tile_rows, tile_columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
