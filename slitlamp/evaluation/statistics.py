@@ -1,0 +1,334 @@
+"""Intervals and tests: cluster bootstrap on sufficient statistics, paired comparisons, correlations, FDR.
+
+A metric here is a function of summed counts (for example hallucinated mentions over mentions). Summing the counts per
+image first makes resampling whole images one matrix product, and keeps the dependence within an image in the interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from slitlamp.errors import InputError, unknown
+
+FloatArray = NDArray[np.float64]
+Statistic = Callable[[FloatArray], FloatArray]
+"""From summed counts `[..., k]` to one value `[...]` or several `[..., m]`; NaN where it is undefined."""
+BootstrapMethod = Literal["percentile", "bca"]
+CorrelationMethod = Literal["spearman", "pearson"]
+
+_CHUNK_VALUES = 8_000_000
+"""Most resampling counts held at a time (64 MB)."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its confidence interval.
+
+    `n` is the number of independent units (clusters or pairs), `p` a two-sided p value against zero where one was
+    computed, `n_undefined` the number of resamples in which the statistic was undefined and which were left out.
+    `low` and `high` are NaN where no interval can be given.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    level: float = 0.95
+    method: str = "percentile"
+    p: float | None = None
+    n_undefined: int = 0
+
+    def __str__(self) -> str:
+        return f"{_short(self.value)} [{_short(self.low)}, {_short(self.high)}]"
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero; False where there is no interval."""
+        return self.low > 0 or self.high < 0
+
+
+def cluster_bootstrap(
+    sums: ArrayLike,
+    statistic: Statistic,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    method: BootstrapMethod = "percentile",
+    p_value: bool = False,
+) -> Interval | list[Interval]:
+    """Interval of `statistic` of the summed counts when whole clusters are resampled.
+
+    `sums` `[cluster, k]` holds the counts of each cluster (each image). A list is returned where the statistic has
+    several values. With fewer than two clusters the interval is NaN. `method` "bca" is Efron's bias-corrected and
+    accelerated interval (An Introduction to the Bootstrap, eq. 14.10), with the jackknife over clusters.
+    `p_value` adds the two-sided p of the value against zero: twice the smaller share of resamples at or beyond zero,
+    with one added to numerator and denominator, so that it is never zero; 1 where all resamples are zero.
+    """
+    counts = _counts(sums)
+    _check_bootstrap(level, n_resamples, method)
+    observed = _evaluate(statistic, counts.sum(axis=0))
+    draws = np.concatenate([_evaluate(statistic, total) for total in _resampled(counts, n_resamples, seed)])
+    jackknife = _evaluate(statistic, counts.sum(axis=0) - counts) if method == "bca" else None
+    intervals = _intervals(observed, draws, len(counts), level, method, jackknife, p_value)
+    return intervals if observed.ndim else intervals[0]
+
+
+def paired_bootstrap(
+    sums_a: ArrayLike,
+    sums_b: ArrayLike,
+    statistic: Statistic,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    method: BootstrapMethod = "percentile",
+) -> Interval | list[Interval]:
+    """Interval and p value of statistic(b) - statistic(a), with the same resampled clusters on both sides.
+
+    `sums_a` and `sums_b` `[cluster, k]` list the same clusters in the same order; the rest as in `cluster_bootstrap`.
+    """
+    a, b = _counts(sums_a), _counts(sums_b)
+    if a.shape != b.shape:
+        raise InputError(
+            f"paired_bootstrap needs the same clusters on both sides: found shapes {a.shape} and {b.shape}"
+        )
+    k = a.shape[1]
+
+    def difference(sums: FloatArray) -> FloatArray:
+        return _evaluate(statistic, sums[..., k:]) - _evaluate(statistic, sums[..., :k])
+
+    return cluster_bootstrap(
+        np.hstack([a, b]), difference, level=level, n_resamples=n_resamples, seed=seed, method=method, p_value=True
+    )
+
+
+def benjamini_hochberg(p: ArrayLike) -> FloatArray:
+    """Benjamini-Hochberg adjusted p values, of the shape of `p`; NaN entries are no tests and stay NaN."""
+    values = np.asarray(p, dtype=np.float64)
+    tested = ~np.isnan(values)
+    if not tested.any():
+        raise InputError(f"benjamini_hochberg needs at least one p value: found none among {values.size} entries")
+    if values[tested].min() < 0 or values[tested].max() > 1:
+        raise InputError(f"p values lie in [0, 1]: found {values[tested].min():.3g} to {values[tested].max():.3g}")
+    adjusted = np.full(values.shape, np.nan)
+    adjusted[tested] = stats.false_discovery_control(values[tested], method="bh")
+    return adjusted
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Two conditions on the same `n` items: how many only one of them got right, and the exact two-sided p."""
+
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+    p: float
+
+    @property
+    def n(self) -> int:
+        """Number of items."""
+        return self.both + self.only_a + self.only_b + self.neither
+
+
+def mcnemar(a_correct: ArrayLike, b_correct: ArrayLike) -> McNemar:
+    """McNemar's exact (binomial) test on boolean `a_correct`, `b_correct` `[item]`; p is 1 with no discordant item.
+
+    Items are taken as independent. Questions about one image are not: prefer `paired_bootstrap` over images for them.
+    """
+    a, b = np.asarray(a_correct), np.asarray(b_correct)
+    if a.shape != b.shape or a.ndim != 1 or not a.size:
+        raise InputError(f"mcnemar needs two equally long, non-empty vectors: found shapes {a.shape} and {b.shape}")
+    if not all(np.isin(side, (0, 1)).all() for side in (a, b)):
+        raise InputError("mcnemar needs correct / not correct as booleans: found other values (or missing ones)")
+    a, b = a.astype(bool), b.astype(bool)
+    only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
+    p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return McNemar(int((a & b).sum()), only_a, only_b, int((~a & ~b).sum()), p)
+
+
+def correlation_interval(
+    x: ArrayLike, y: ArrayLike, method: CorrelationMethod = "spearman", *, level: float = 0.95
+) -> Interval:
+    """Correlation of `x` and `y` `[item]` with its interval and p value.
+
+    Pearson: Fisher's z. Spearman: z with the standard error of Bonett and Wright (2000), sqrt((1 + r^2 / 2) / (n - 3)).
+    Undefined (constant input) is NaN, and so is the interval with fewer than four items; missing values are an error.
+    """
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise InputError(f"correlation needs two equally long vectors: found shapes {a.shape} and {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise InputError("correlation needs finite values: drop the items with missing or infinite ones first")
+    if method not in ("spearman", "pearson"):
+        raise unknown("correlation method", method, ("spearman", "pearson"))
+    _check_level(level)
+    n = len(a)
+    if n < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return Interval(np.nan, np.nan, np.nan, n, level, method, np.nan)
+    result = stats.spearmanr(a, b) if method == "spearman" else stats.pearsonr(a, b)
+    r, p = float(result.statistic), float(result.pvalue)
+    if n < 4:
+        return Interval(r, np.nan, np.nan, n, level, method, p)
+    if 1 - abs(r) < 1e-12:
+        return Interval(r, r, r, n, level, method, p)
+    error = np.sqrt(((1 + r**2 / 2) if method == "spearman" else 1.0) / (n - 3))
+    half = stats.norm.ppf((1 + level) / 2) * error
+    return Interval(r, float(np.tanh(np.arctanh(r) - half)), float(np.tanh(np.arctanh(r) + half)), n, level, method, p)
+
+
+@dataclass(frozen=True)
+class PermutationTest:
+    """statistic(b) - statistic(a), its two-sided p value, and how many permutations (all of them where `exact`)."""
+
+    value: float
+    p: float
+    n_permutations: int
+    exact: bool
+
+
+def permutation_test(
+    sums_a: ArrayLike,
+    sums_b: ArrayLike,
+    statistic: Statistic,
+    *,
+    paired: bool = True,
+    n_permutations: int = 10_000,
+    seed: int = 0,
+) -> PermutationTest:
+    """Two-sided permutation test of statistic(b) - statistic(a) on counts `[cluster, k]`, clusters kept whole.
+
+    Paired: the two conditions are swapped within clusters; all 2^clusters swaps are made where they are no more than
+    `n_permutations`. Unpaired: clusters are dealt out again to the two groups, at random. Random permutations add the
+    observed one to numerator and denominator. The statistic has one value; NaN in a permutation is an error.
+    """
+    a, b = _counts(sums_a), _counts(sums_b)
+    if a.shape[1] != b.shape[1] or (paired and len(a) != len(b)):
+        raise InputError(f"permutation_test needs matching counts on both sides: found shapes {a.shape} and {b.shape}")
+    if n_permutations < 1:
+        raise InputError(f"n_permutations must be at least 1: found {n_permutations}")
+    rng = np.random.default_rng(seed)
+    total = a.sum(axis=0) + b.sum(axis=0)
+    exact = paired and len(a) < 63 and 2 ** len(a) <= n_permutations
+    if exact:
+        n_permutations = 2 ** len(a)
+        swaps = (np.arange(n_permutations)[:, None] >> np.arange(len(a))) & 1
+        sums = b.sum(axis=0) + swaps @ (a - b)
+    elif paired:
+        sums = b.sum(axis=0) + rng.integers(0, 2, size=(n_permutations, len(a))) @ (a - b)
+    else:
+        pooled = np.concatenate([a, b])
+        member = np.zeros((n_permutations, len(pooled)))
+        member[:, len(a) :] = 1
+        sums = rng.permuted(member, axis=1) @ pooled
+    observed = float(_evaluate(statistic, b.sum(axis=0)) - _evaluate(statistic, a.sum(axis=0)))
+    null = _evaluate(statistic, sums) - _evaluate(statistic, total - sums)
+    if null.ndim != 1 or np.isnan(observed) or np.isnan(null).any():
+        raise InputError("permutation_test needs one value, defined in every permutation: found several, or NaN")
+    # Permutations that repeat the observed split must count although their sums differ in the last bits.
+    extreme = int((np.abs(null) >= abs(observed) * (1 - 1e-12) - 1e-15).sum())
+    p = extreme / n_permutations if exact else (extreme + 1) / (n_permutations + 1)
+    return PermutationTest(observed, p, n_permutations, exact)
+
+
+def ratio(numerator: ArrayLike, denominator: ArrayLike) -> FloatArray:
+    """Elementwise numerator / denominator, NaN (never 0) where the denominator is zero."""
+    top, bottom = np.broadcast_arrays(np.asarray(numerator, np.float64), np.asarray(denominator, np.float64))
+    result: FloatArray = np.full(top.shape, np.nan)
+    np.divide(top, bottom, out=result, where=bottom != 0)
+    return result
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 0.9995 else f"{value:.3f}"
+
+
+def _counts(sums: ArrayLike) -> FloatArray:
+    counts = np.asarray(sums, dtype=np.float64)
+    if counts.ndim != 2 or not counts.size:
+        raise InputError(f"need counts of shape [cluster, k] with at least one cluster: found shape {counts.shape}")
+    if not np.isfinite(counts).all():
+        raise InputError("counts must be finite: found NaN or infinity; leave out clusters that were not measured")
+    return counts
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise InputError(f"level must lie between 0 and 1, for example 0.95: found {level}")
+
+
+def _check_bootstrap(level: float, n_resamples: int, method: str) -> None:
+    _check_level(level)
+    if n_resamples < 1:
+        raise InputError(f"n_resamples must be at least 1: found {n_resamples}")
+    if method not in ("percentile", "bca"):
+        raise unknown("bootstrap method", method, ("percentile", "bca"))
+
+
+def _evaluate(statistic: Statistic, sums: FloatArray) -> FloatArray:
+    return np.asarray(statistic(sums), dtype=np.float64)
+
+
+def _resampled(counts: FloatArray, n_resamples: int, seed: int) -> Iterator[FloatArray]:
+    """Sums over resampled clusters, `[resample, k]`, in chunks."""
+    n = len(counts)
+    rng = np.random.default_rng(seed)
+    step = max(1, _CHUNK_VALUES // n)
+    for start in range(0, n_resamples, step):
+        weights = rng.multinomial(n, np.full(n, 1 / n), size=min(step, n_resamples - start))
+        yield weights.astype(np.float64) @ counts
+
+
+def _intervals(
+    observed: FloatArray,
+    draws: FloatArray,
+    n: int,
+    level: float,
+    method: str,
+    jackknife: FloatArray | None,
+    with_p: bool,
+) -> list[Interval]:
+    values = np.atleast_1d(observed)
+    columns = draws.reshape(len(draws), -1).T
+    left_out = None if jackknife is None else jackknife.reshape(len(jackknife), -1).T
+    result = []
+    for i, (value, column) in enumerate(zip(values, columns, strict=True)):
+        defined = column[~np.isnan(column)]
+        undefined = len(column) - len(defined)
+        if n < 2 or np.isnan(value) or not len(defined):
+            p = np.nan if with_p else None
+            result.append(Interval(float(value), np.nan, np.nan, n, level, method, p, undefined))
+            continue
+        tails = np.array([(1 - level) / 2, (1 + level) / 2])
+        if left_out is not None:
+            tails = _bca_tails(tails, float(value), defined, left_out[i])
+        low, high = np.quantile(defined, tails)
+        p = None
+        if with_p:
+            beyond = min(int((defined <= 0).sum()), int((defined >= 0).sum()))
+            p = min(1.0, 2 * (beyond + 1) / (len(defined) + 1))
+        result.append(Interval(float(value), float(low), float(high), n, level, method, p, undefined))
+    return result
+
+
+def _bca_tails(tails: FloatArray, value: float, draws: FloatArray, left_out: FloatArray) -> FloatArray:
+    """The quantiles of `draws` at which the bias-corrected and accelerated interval ends."""
+    deviation = np.nanmean(left_out) - left_out[~np.isnan(left_out)]
+    spread = float((deviation**2).sum()) ** 1.5
+    if spread == 0 or np.ptp(draws) == 0:
+        return tails
+    acceleration = float((deviation**3).sum()) / (6 * spread)
+    share = float(((draws < value).sum() + (draws <= value).sum()) / (2 * len(draws)))
+    # A value outside all draws has no finite bias; half a draw keeps the correction finite and at its extreme.
+    share = min(max(share, 0.5 / len(draws)), 1 - 0.5 / len(draws))
+    bias = stats.norm.ppf(share)
+    shifted = bias + stats.norm.ppf(tails)
+    corrected: FloatArray = stats.norm.cdf(bias + shifted / (1 - acceleration * shifted))
+    return corrected
