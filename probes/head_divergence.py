@@ -86,12 +86,16 @@ class HeadDivergence(Probe):
             first=first.cpu().numpy(),
             selected=selected.view(first.shape).cpu().numpy(),
         )
-        per_layer = divergence.sort(dim=-1, descending=True).values.cumsum(dim=-1).sum(dim=2)  # [batch, position, k - 1]
+        per_layer = (
+            divergence.sort(dim=-1, descending=True).values.cumsum(dim=-1).sum(dim=2)
+        )  # [batch, position, k - 1]
         for row, (name, count) in enumerate(zip(batch.ids, batch.n_generated, strict=True)):
             if count:
                 self._add_tokens(name, per_layer[row, :count], divergence[row, :count], labels[row] if labels else None)
 
-    def _add_tokens(self, item: str, per_layer: torch.Tensor, divergence: torch.Tensor, table: pd.DataFrame | None) -> None:
+    def _add_tokens(
+        self, item: str, per_layer: torch.Tensor, divergence: torch.Tensor, table: pd.DataFrame | None
+    ) -> None:
         count = len(per_layer)
         label, word = np.full(count, UNKNOWN, dtype="<U12"), np.full(count, "", dtype="<U40")
         if table is not None:
@@ -127,7 +131,9 @@ class HeadDivergence(Probe):
     def merge(self, other: Probe) -> None:
         """Add what another probe gathered."""
         if not isinstance(other, HeadDivergence) or other != self:
-            raise InputError(f"cannot merge {other!r} into {self!r}: they are not the same probe with the same parameters")
+            raise InputError(
+                f"cannot merge {other!r} into {self!r}: they are not the same probe with the same parameters"
+            )
         self._add(**other.state())
 
     def result(self) -> ProbeResult:
@@ -185,7 +191,10 @@ class HeadDivergence(Probe):
             for label, rows in tokens[tokens["label"] != UNKNOWN].groupby("label"):
                 sums = rows.groupby("item")[column].agg(["sum", "count"]).to_numpy(dtype=np.float64)
                 mean = cluster_bootstrap(
-                    sums, lambda total: ratio(total[..., 0], total[..., 1]), n_resamples=self.n_resamples, seed=self.seed
+                    sums,
+                    lambda total: ratio(total[..., 0], total[..., 1]),
+                    n_resamples=self.n_resamples,
+                    seed=self.seed,
                 )
                 assert isinstance(mean, Interval)
                 means.append((k, label, mean.value, mean.low, mean.high, len(rows), len(sums)))
@@ -234,12 +243,16 @@ def _mean_rank_correlation(maps: Array) -> tuple[float, int]:
 def _summary(tables: dict[str, pd.DataFrame]) -> str:
     heads = tables["heads"]
     top = heads.loc[heads["vhd"].idxmax()]
+    median = heads["vhd"].median()
+    times = f", {top['vhd'] / median:.1f} times the median head" if median > 0 else ""
     text = (
         f"The most divergent head is {int(top['layer'])}.{int(top['head'])}: VHD {top['vhd']:.2f} [{top['low']:.2f}, "
-        f"{top['high']:.2f}], {top['vhd'] / heads['vhd'].median():.1f} times the median head (n = {int(top['n_items'])})."
+        f"{top['high']:.2f}]{times} (n = {int(top['n_items'])})."
+        if top["vhd"] > 0
+        else f"No head's output depends on the image (n = {int(top['n_items'])})."
     )
     areas = tables.get("t_vhd_auroc")
-    if areas is not None and len(areas):
+    if areas is not None and areas["auroc"].notna().any():
         best = areas.loc[areas["auroc"].idxmax()]
         text += (
             f" Low T-VHD tells hallucinated from true objects with AUROC {best['auroc']:.2f} [{best['low']:.2f}, "

@@ -98,7 +98,12 @@ def build_llava(seed: int = 0, *, chat: bool = False, siglip: bool = False, **te
     vision: Any = clip_config()
     if siglip:
         vision = SiglipVisionConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=4,
         )
     config = LlavaConfig(
         vision_config=vision,
@@ -155,6 +160,12 @@ def random_image(seed: int, width: int = 20, height: int = 16) -> PIL.Image.Imag
     """An image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return PIL.Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session", name="build_llava")
+def build_llava_fixture() -> Any:
+    """The function that builds a random LLaVA-1.5, for tests that need another configuration."""
+    return build_llava
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,9 @@ def auroc_interval(
     labels = np.asarray(positive, dtype=bool)
     groups = np.asarray(cluster)
     if not scores.shape == labels.shape == groups.shape or scores.ndim != 1:
-        raise InputError(f"auroc_interval needs three equally long vectors: {scores.shape}, {labels.shape}, {groups.shape}")
+        raise InputError(
+            f"auroc_interval needs three equally long vectors: {scores.shape}, {labels.shape}, {groups.shape}"
+        )
     if not np.isfinite(scores).all():
         raise InputError("auroc_interval needs finite scores: drop the items with missing ones first")
     names, index = np.unique(groups, return_inverse=True)

@@ -1,0 +1,132 @@
+"""What every intervention must hold. A new intervention joins by a line in CASES."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+import torch
+
+from interventions import HeadReinforcement
+from slitlamp.decoding import Intervention
+from slitlamp.models import Batch
+from slitlamp.tracing import sites
+from slitlamp.vlm import VLM
+
+Make = Callable[[float], Intervention]
+
+# name -> (strength -> intervention), the neutral strength, a strength that changes the output of the tiny model
+CASES: dict[str, tuple[Make, float, float]] = {
+    "HeadReinforcement": (lambda a: HeadReinforcement(alpha=a, layers=[0, 1, 2]), 1.0, 3.0),
+    "HeadReinforcement default layers": (lambda a: HeadReinforcement(alpha=a), 1.0, 6.0),
+    "HeadReinforcement zero": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="zero"), 1.0, 3.0),
+    "HeadReinforcement noise": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="noise"), 1.0, 3.0),
+    "HeadReinforcement mean": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="mean"), 1.0, 3.0),
+    "HeadReinforcement both": (
+        lambda a: HeadReinforcement(alpha=a, layers=[0, 1, 2], reinforce_image_free=True),
+        1.0,
+        3.0,
+    ),
+    "HeadReinforcement last": (lambda a: HeadReinforcement(alpha=a, layers=[0, 1, 2], prefill="last"), 1.0, 4.0),
+    "HeadReinforcement random": (lambda a: HeadReinforcement(alpha=a, layers=[0, 1, 2], select="random"), 1.0, 3.0),
+    "HeadReinforcement least": (lambda a: HeadReinforcement(alpha=a, layers=[0, 1, 2], select="least"), 1.0, 3.0),
+    "HeadReinforcement all": (lambda a: HeadReinforcement(alpha=a, layers=[0, 1, 2], select="all"), 1.0, 3.0),
+    "HeadReinforcement fixed": (lambda a: HeadReinforcement(alpha=a, heads=[(0, 1), (2, 3), (2, 0)]), 1.0, 3.0),
+}
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest) -> tuple[Make, float, float]:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def batch(llava: VLM, image: Any) -> Batch:
+    return llava.encode(
+        images=[image(0), image(1), image(2)],
+        prompts=[
+            "<image> is there a dog ?",
+            "<image> what is in the image and where is it ?",
+            "describe this <image> .",
+        ],
+    )
+
+
+def test_every_intervention_of_the_package_is_under_contract() -> None:
+    found = entry_points(group="slitlamp.interventions")
+    assert {one.name for one in found if one.value.startswith("interventions:")} == {name.split()[0] for name in CASES}
+
+
+def test_neutral_strength_reproduces_the_baseline(case: tuple[Make, float, float], llava: VLM, batch: Batch) -> None:
+    make, neutral, _ = case
+    baseline = llava.generate(batch, max_new_tokens=8)
+    with llava.apply(make(neutral)):
+        assert llava.generate(batch, max_new_tokens=8).tokens == baseline.tokens
+
+
+def test_it_does_something(case: tuple[Make, float, float], llava: VLM, batch: Batch) -> None:
+    make, _, strong = case
+    baseline = llava.forward(batch).logits[:, -1]
+    with llava.apply(make(strong)):
+        assert (llava.forward(batch).logits[:, -1] - baseline).abs().max() > 1e-3
+
+
+def test_batch_of_one_equals_batch_of_many(
+    case: tuple[Make, float, float], llava: VLM, batch: Batch, image: Any
+) -> None:
+    make, _, strong = case
+    prompts = ["<image> is there a dog ?", "<image> what is in the image and where is it ?", "describe this <image> ."]
+    with llava.apply(make(strong)):
+        together = llava.forward(batch).logits[:, -1]
+        for row, prompt in enumerate(prompts):
+            alone = llava.forward(llava.encode(images=[image(row)], prompts=[prompt])).logits[0, -1]
+            assert torch.allclose(alone, together[row], atol=1e-4)  # float32, logits of order 1
+
+
+def test_incremental_decoding_equals_full_recomputation(
+    case: tuple[Make, float, float], llava: VLM, batch: Batch
+) -> None:
+    make, _, strong = case
+    site = sites.resid_post(layers=[2], positions="before_generated")
+    with llava.apply(make(strong)):
+        with llava.trace(site) as stepwise:
+            generation = llava.generate(batch, max_new_tokens=6)
+        with llava.trace(site) as at_once:
+            llava.forward(generation.teacher_forced())
+    assert torch.equal(stepwise.mask("resid_post"), at_once.mask("resid_post"))
+    assert torch.allclose(stepwise["resid_post"][2], at_once["resid_post"][2], atol=1e-4)
+
+
+def test_the_model_is_bit_identical_after_exit(case: tuple[Make, float, float], llava: VLM, batch: Batch) -> None:
+    make, _, strong = case
+    llava.forward(batch)  # transformers puts its own output hooks on at the first call
+    weights = copy.deepcopy(llava.model.state_dict())
+    config = llava.model.config.to_dict()
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in llava.model.modules()]
+    before = llava.forward(batch).logits
+    with pytest.raises(RuntimeError, match="stop"), llava.apply(make(strong)):
+        llava.generate(batch, max_new_tokens=3)
+        raise RuntimeError("stop")
+    assert torch.equal(llava.forward(batch).logits, before)
+    assert llava.model.config.to_dict() == config
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in llava.model.modules()] == hooks
+    for name, tensor in llava.model.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+
+
+def test_controls_are_interventions_that_run(case: tuple[Make, float, float], llava: VLM, batch: Batch) -> None:
+    make, _, strong = case
+    for control in make(strong).controls().values():
+        with llava.apply(control):
+            assert len(llava.generate(batch, max_new_tokens=2).texts) == 3
+
+
+def test_bfloat16_runs(case: tuple[Make, float, float], llava: VLM, image: Any) -> None:
+    make, _, strong = case
+    half = VLM.wrap(copy.deepcopy(llava.model).to(torch.bfloat16), llava.processor)
+    batch = half.encode(images=[image(0)], prompts=["<image> is there a dog ?"])
+    with half.apply(make(strong)):
+        assert torch.isfinite(half.forward(batch).logits).all()

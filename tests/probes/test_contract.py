@@ -1,0 +1,143 @@
+"""What every probe must hold. A new probe joins by one line in PROBES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import entry_points
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from probes import HeadDivergence
+from slitlamp.errors import InputError
+from slitlamp.models import Batch
+from slitlamp.tracing import Probe
+from slitlamp.vlm import VLM
+
+PROBES: dict[str, Callable[[], Probe]] = {
+    "HeadDivergence": lambda: HeadDivergence(n_resamples=50),
+    "HeadDivergence zero": lambda: HeadDivergence(contrast="zero", n_resamples=50),
+    "HeadDivergence mean": lambda: HeadDivergence(contrast="mean", n_resamples=50),
+    "HeadDivergence noise": lambda: HeadDivergence(contrast="noise", n_resamples=50),
+}
+PROMPTS = ["<image> is there a dog ?", "<image> what is in the image and where is it ?", "describe this <image> ."]
+WORDS = [3, 6, 1]
+
+
+@pytest.fixture(params=list(PROBES))
+def make(request: pytest.FixtureRequest) -> Callable[[], Probe]:
+    return PROBES[request.param]
+
+
+def test_every_probe_of_the_package_is_under_contract() -> None:
+    ours = {one.name for one in entry_points(group="slitlamp.probes") if one.value.startswith("probes:")}
+    assert ours == {name.split()[0] for name in PROBES}
+
+
+def captions(vlm: VLM, image: Any, rows: list[int]) -> tuple[Batch, list[pd.DataFrame]]:
+    """Some prompts with captions of given ids (none an end token), and labels of their words."""
+    batch = vlm.encode(
+        images=[image(10 + row) for row in rows],
+        prompts=[PROMPTS[row] for row in rows],
+        ids=[f"item{row}" for row in rows],
+    )
+    tokens = [[6 + (row + step) % 12 for step in range(WORDS[row])] for row in rows]
+    labels = [
+        pd.DataFrame(
+            {
+                "token": range(len(one)),
+                "word": [f"w{token}" for token in one],
+                "label": [("object", "hallucinated", "other")[(row + step) % 3] for step in range(len(one))],
+            }
+        )
+        for row, one in zip(rows, tokens, strict=True)
+    ]
+    return batch.with_continuation(tokens), labels
+
+
+def measured(probe: Probe, vlm: VLM, image: Any, groups: list[list[int]]) -> Probe:
+    for rows in groups:
+        batch, labels = captions(vlm, image, rows)
+        vlm.measure(probe, batch, labels)
+    return probe
+
+
+def assert_equal_tables(one: Probe, other: Probe, rtol: float, atol: float = 1e-5) -> None:
+    first, second = one.result().tables, other.result().tables
+    assert first.keys() == second.keys()
+    for name, table in first.items():
+        assert len(table) > 0
+        pd.testing.assert_frame_equal(table, second[name], rtol=rtol, atol=atol, obj=name)
+
+
+def test_the_same_input_gives_the_same_tables(make: Callable[[], Probe], llava: VLM, image: Any) -> None:
+    one, other = (measured(make(), llava, image, [[0, 1, 2]]) for _ in range(2))
+    assert_equal_tables(one, other, rtol=0, atol=0)
+
+
+def test_batch_size_and_padding_do_not_change_the_answer(make: Callable[[], Probe], llava: VLM, image: Any) -> None:
+    """Rows alone are not padded; together the shorter ones are. float32 sums in another order: a few 1e-6 of the scale."""
+    together = measured(make(), llava, image, [[0, 1, 2]])
+    alone = measured(make(), llava, image, [[0], [1], [2]])
+    assert_equal_tables(together, alone, rtol=1e-4)
+
+
+def test_bfloat16_gives_the_same_within_its_precision(make: Callable[[], Probe], llava: VLM, image: Any) -> None:
+    import copy
+
+    half = VLM.wrap(copy.deepcopy(llava.model).to(torch.bfloat16), llava.processor)
+    one, other = measured(make(), llava, image, [[0, 1]]), measured(make(), half, image, [[0, 1]])
+    a, b = one.result().tables["heads"]["vhd"], other.result().tables["heads"]["vhd"]
+    # 8 bits of mantissa give 0.4 % a rounding; three blocks of several roundings each add up to some per cent
+    assert np.abs(a - b).max() < 0.1 * a.max()
+
+
+def test_a_saved_state_goes_on_as_if_nothing_had_happened(make: Callable[[], Probe], llava: VLM, image: Any) -> None:
+    whole = measured(make(), llava, image, [[0, 1], [2]])
+    first = measured(make(), llava, image, [[0, 1]])
+    resumed = make()
+    resumed.load_state(first.state())
+    measured(resumed, llava, image, [[2]])
+    assert_equal_tables(whole, resumed, rtol=0, atol=0)
+
+
+def test_merged_parts_are_the_whole(make: Callable[[], Probe], llava: VLM, image: Any) -> None:
+    whole = measured(make(), llava, image, [[0, 1], [2]])
+    parts = measured(make(), llava, image, [[0, 1]])
+    parts.merge(measured(make(), llava, image, [[2]]))
+    assert_equal_tables(whole, parts, rtol=0, atol=0)
+
+
+def test_states_are_plain_arrays(make: Callable[[], Probe], llava: VLM, image: Any) -> None:
+    for array in measured(make(), llava, image, [[0, 1]]).state().values():
+        assert isinstance(array, np.ndarray)
+        assert array.dtype.kind in "bifU"
+
+
+def test_other_parameters_do_not_merge(make: Callable[[], Probe]) -> None:
+    other = replace(make(), seed=99)  # type: ignore[type-var]
+    with pytest.raises(InputError, match="not the same probe"):
+        make().merge(other)
+
+
+def test_nothing_measured_gives_an_error_not_an_empty_result(make: Callable[[], Probe]) -> None:
+    with pytest.raises(InputError, match="taken in nothing"):
+        make().result()
+
+
+def test_rows_without_an_image_are_refused(make: Callable[[], Probe], llava: VLM) -> None:
+    batch = llava.encode(prompts=["is there a dog ?"], ids=["textual"]).with_continuation([[6, 7]])
+    with pytest.raises(InputError, match="textual"):
+        llava.measure(make(), batch)
+
+
+def test_measuring_leaves_the_model_as_it_was(make: Callable[[], Probe], llava: VLM, image: Any) -> None:
+    before = llava.model.config.to_dict()
+    measured(make(), llava, image, [[0]])
+    hooks = [m for m in llava.model.modules() if m._forward_pre_hooks]
+    assert hooks == []
+    assert llava.model.config.to_dict() == before
