@@ -29,7 +29,7 @@ ORGANISM_WEIGHTS = Path(__file__).parent / "organism" / "weights"
 class VLM:
     """A Hugging Face vision-language model with its processor.
 
-    The model is never changed: hooks and edits are attached for the time of one `forward` or `generate` and gone after it.
+    The model is never changed: hooks and edits are attached for the time of one `forward` or `generate` and gone after.
 
     Attributes:
         model: the Hugging Face model.
@@ -50,7 +50,9 @@ class VLM:
     # -- making one -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def organism(cls, seed: int = 0, *, dtype: torch.dtype | str = "float32", device: torch.device | str = "cpu") -> VLM:
+    def organism(
+        cls, seed: int = 0, *, dtype: torch.dtype | str = "float32", device: torch.device | str = "cpu"
+    ) -> VLM:
         """The embedded model: a small LLaVA trained on emoji scenes, shipped with the package.
 
         Args:
@@ -92,7 +94,8 @@ class VLM:
             options: further arguments of `AutoModelForImageTextToText.from_pretrained`.
 
         Raises:
-            UnsupportedError: a family that slitlamp does not know; found from the configuration, before the weights are loaded.
+            UnsupportedError: a family that slitlamp does not know; found from the configuration, before the weights are
+                loaded.
             InputError: `device` and `device_map` together.
         """
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -108,7 +111,7 @@ class VLM:
             options["device_map"] = device_map
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **hub, **options)
         if device is not None:
-            model = model.to(device)
+            model.to(device)  # type: ignore[arg-type]  # its decorator loses the signature
         return cls(model.eval(), processor, str(name))
 
     @classmethod
@@ -126,7 +129,7 @@ class VLM:
     @property
     def device(self) -> torch.device:
         """The device that takes the input ids."""
-        return self.model.get_input_embeddings().weight.device
+        return next(self.model.get_input_embeddings().parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,7 +158,8 @@ class VLM:
         heads = f"{one.n_heads} heads" + (f" ({one.n_kv_heads} key/value)" if one.n_kv_heads != one.n_heads else "")
         return (
             f"VLM({self.name}: {one.family.name}, {one.n_layers} layers x {heads}, d_model {one.d_model}; "
-            f"vision {one.n_vision_layers} x {one.n_vision_heads}, {'CLS' if one.has_cls else 'no CLS'}; {self.dtype}, {self.device})"
+            f"vision {one.n_vision_layers} x {one.n_vision_heads}, {'CLS' if one.has_cls else 'no CLS'}; "
+            f"{self.dtype}, {self.device})"
         )
 
     # -- running ----------------------------------------------------------------------------------------------------
@@ -225,7 +229,9 @@ class VLM:
         return trace
 
     def _call(self, batch: Batch, **options: Any) -> Any:
-        positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # as generate counts them: padding has no place
+        positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(
+            min=0
+        )  # as generate counts them: padding has no place
         return self.model(**batch.inputs(), position_ids=positions, use_cache=False, return_dict=True, **options)
 
     @torch.no_grad()
@@ -243,15 +249,17 @@ class VLM:
             return self._call(batch, logits_to_keep=logits_to_keep)
 
     @torch.no_grad()
-    def generate(self, batch: Batch, *, max_new_tokens: int = 64, seed: int | None = None, **options: Any) -> Generation:
+    def generate(
+        self, batch: Batch, *, max_new_tokens: int = 64, seed: int | None = None, **options: Any
+    ) -> Generation:
         """Generate after each prompt, under the traces and interventions in force.
 
         Args:
             batch: from `encode`.
             max_new_tokens: limit of new tokens.
             seed: of sampling; greedy decoding takes none.
-            options: further arguments of Hugging Face's `generate` (`do_sample`, `temperature`, `top_p`, ...). Greedy unless
-                `do_sample=True`.
+            options: further arguments of Hugging Face's `generate` (`do_sample`, `temperature`, `top_p`, ...). Greedy
+                unless `do_sample=True`.
 
         Raises:
             InputError: a batch with a continuation, a seed without sampling or sampling without a seed, no new tokens.
@@ -263,7 +271,9 @@ class VLM:
             raise InputError(f"max_new_tokens must be 1 or more, found {max_new_tokens}")
         sample = bool(options.setdefault("do_sample", False))
         if sample == (seed is None):
-            raise InputError("sampling needs a seed, so that it can be repeated" if sample else "greedy decoding takes no seed")
+            raise InputError(
+                "sampling needs a seed, so that it can be repeated" if sample else "greedy decoding takes no seed"
+            )
         for option in ("num_beams", "num_return_sequences"):
             if options.get(option, 1) != 1:
                 raise UnsupportedError(f"{option}={options[option]}: one sequence per row only")
@@ -283,7 +293,7 @@ class VLM:
         ):
             if seed is not None:
                 torch.manual_seed(seed)
-            output = self.model.generate(
+            output = self.model.generate(  # type: ignore[operator]  # typed as a buffer of nn.Module
                 **batch.inputs(), max_new_tokens=max_new_tokens, num_beams=1, pad_token_id=batch.pad_token_id, **options
             )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences

@@ -36,15 +36,15 @@ class RunContext:
 class Intervention(ABC):
     """A change of what a VLM does, made for the time of `vlm.apply(...)`.
 
-    Subclasses are dataclasses whose fields are the parameters; making one does no work. A run (`forward` or `generate`) asks
-    for its edits once, before the model's first call; nothing outlives the run. The neutral setting must reproduce the
-    unmodified model token for token.
+    Subclasses are dataclasses whose fields are the parameters; making one does no work. A run (`forward` or
+    `generate`) asks for its edits once, before the model's first call; nothing outlives the run. The neutral setting
+    must reproduce the unmodified model token for token.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Kind]
 
-    def check(self, anatomy: Anatomy) -> None:
+    def check(self, anatomy: Anatomy) -> None:  # noqa: B027  most interventions fit every model
         """Refuse what cannot work on a model.
 
         Raises:

@@ -6,4 +6,15 @@ from slitlamp.models.encode import encode
 from slitlamp.models.families import FAMILIES, Family, family_of
 from slitlamp.models.patches import BASE_VIEW, TILE_VIEW, Patches
 
-__all__ = ["BASE_VIEW", "FAMILIES", "TILE_VIEW", "Anatomy", "Batch", "Family", "Patches", "encode", "family_of", "read_anatomy"]
+__all__ = [
+    "BASE_VIEW",
+    "FAMILIES",
+    "TILE_VIEW",
+    "Anatomy",
+    "Batch",
+    "Family",
+    "Patches",
+    "encode",
+    "family_of",
+    "read_anatomy",
+]

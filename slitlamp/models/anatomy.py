@@ -20,8 +20,8 @@ class Anatomy:
 
     Attributes:
         family: the entry of the family.
-        n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, d_vocab: of the language model; `n_kv_heads < n_heads` means
-            grouped-query attention.
+        n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, d_vocab: of the language model; `n_kv_heads < n_heads`
+            means grouped-query attention.
         n_vision_layers, n_vision_heads, d_vision: of the vision tower.
         has_cls: whether the vision tower's first token is a CLS token.
         image_token_id: the id that marks image positions in `input_ids`.
@@ -69,8 +69,8 @@ def _module(model: nn.Module, path: str, role: str, family: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError as error:
         raise UnsupportedError(
-            f"the {family} entry says that the {role} is at {path!r}, but this {type(model).__name__} has no such module "
-            f"({error}). Its children: {', '.join(name for name, _ in model.named_children())}."
+            f"the {family} entry says that the {role} is at {path!r}, but this {type(model).__name__} has no such "
+            f"module ({error}). Its children: {', '.join(name for name, _ in model.named_children())}."
         ) from error
 
 
@@ -89,8 +89,9 @@ def read_anatomy(model: PreTrainedModel) -> Anatomy:
     vision_path = next((path for path in tower.blocks if _has(tower_module, path)), None)
     if vision_path is None:
         raise UnsupportedError(
-            f"the {family.name} entry expects the vision blocks at one of {', '.join(tower.blocks)} in {family.vision_tower!r}, "
-            f"but its children are {', '.join(name for name, _ in tower_module.named_children())}"
+            f"the {family.name} entry expects the vision blocks at one of {', '.join(tower.blocks)} "
+            f"in {family.vision_tower!r}, but "
+            f"its children are {', '.join(name for name, _ in tower_module.named_children())}"
         )
     vision_root = f"{family.vision_tower}.{vision_path}"
     n_layers = _count(model, family.blocks, "decoder blocks", family.name, int(text.num_hidden_layers))
@@ -128,7 +129,8 @@ def read_anatomy(model: PreTrainedModel) -> Anatomy:
         width = getattr(projection, "in_features", None)
         if width is not None and width != n_heads * anatomy.d_head:
             raise UnsupportedError(
-                f"{anatomy.out_proj(layer)} takes {width} features, but {n_heads} heads of {anatomy.d_head} make {n_heads * anatomy.d_head}"
+                f"{anatomy.out_proj(layer)} takes {width} features, but {n_heads} heads of {anatomy.d_head} "
+                f"make {n_heads * anatomy.d_head}"
             )
     for layer in range(n_vision_layers):
         _module(model, anatomy.vision_attention_of(layer), "vision attention", family.name)

@@ -22,7 +22,8 @@ class Batch:
     Attributes:
         input_ids: int64 [batch, position].
         attention_mask: int64 [batch, position], 0 at padding.
-        image_mask: bool [batch, position], true at image tokens. A mask, never a range: image tokens need not be contiguous.
+        image_mask: bool [batch, position], true at image tokens. A mask, never a range: image tokens need not be
+            contiguous.
         patches: per row, the place on its images of every image token, in the order of the tokens.
         images: per row, its images.
         ids: per row, the item's id.
@@ -129,7 +130,10 @@ class Batch:
         )
 
     def _rows(self) -> list[tuple[Tensor, Tensor]]:
-        return [(ids[real], image[real]) for ids, image, real in zip(self.input_ids, self.image_mask, self.real_mask, strict=True)]
+        return [
+            (ids[real], image[real])
+            for ids, image, real in zip(self.input_ids, self.image_mask, self.real_mask, strict=True)
+        ]
 
     def _repacked(self, rows: Sequence[tuple[Tensor, Tensor]], **changes: Any) -> Batch:
         """The batch with other tokens: rows of (ids, image mask) without padding, padded on the left again."""
@@ -145,7 +149,7 @@ class Batch:
         return replace(self, input_ids=ids, attention_mask=mask, image_mask=image, **changes)
 
     def without_images(self) -> Batch:
-        """The same prompts with every image token deleted: shorter rows, no pixels (the image-free input of VHD, VDD, M3ID)."""
+        """The same prompts with every image token deleted: shorter rows, no pixels (the image-free input of VHD)."""
         rows = [(ids[~image], image[~image]) for ids, image in self._rows()]
         empty = Patches.join([])
         return self._repacked(
@@ -158,7 +162,8 @@ class Batch:
     def prompt_only(self) -> Batch:
         """The batch without its continuation."""
         rows = [
-            (ids[: len(ids) - n], image[: len(ids) - n]) for (ids, image), n in zip(self._rows(), self.n_generated, strict=True)
+            (ids[: len(ids) - n], image[: len(ids) - n])
+            for (ids, image), n in zip(self._rows(), self.n_generated, strict=True)
         ]
         return self._repacked(rows, n_generated=tuple(0 for _ in rows))
 
@@ -169,14 +174,19 @@ class Batch:
             tokens: per row, the ids that follow the prompt, for example `Generation.tokens`.
 
         Raises:
-            InputError: not one list of tokens per row, or an image token among them (the model would look for its image).
+            InputError: not one list of tokens per row, or an image token among them (the model would look for its
+                image).
         """
         if len(tokens) != self.size:
-            raise InputError(f"with_continuation takes one list of tokens per row: {self.size} rows, {len(tokens)} lists")
+            raise InputError(
+                f"with_continuation takes one list of tokens per row: {self.size} rows, {len(tokens)} lists"
+            )
         rows = []
         for (ids, image), more in zip(self.prompt_only()._rows(), tokens, strict=True):
             if self.image_token_id in more:
-                raise InputError(f"the continuation holds the image token (id {self.image_token_id}), which has no image of its own")
+                raise InputError(
+                    f"the continuation holds the image token (id {self.image_token_id}), which has no image of its own"
+                )
             added = torch.tensor(list(more), dtype=ids.dtype, device=ids.device)
             rows.append((torch.cat([ids, added]), torch.cat([image, image.new_zeros(len(added))])))
         return self._repacked(rows, n_generated=tuple(len(more) for more in tokens))
@@ -190,9 +200,12 @@ class Batch:
         old = self.extra.get("pixel_values")
         if not isinstance(old, Tensor) or old.shape != pixel_values.shape:
             shape = tuple(old.shape) if isinstance(old, Tensor) else None
-            raise InputError(f"pixel_values of shape {tuple(pixel_values.shape)} for a batch with pixels of shape {shape}")
+            raise InputError(
+                f"pixel_values of shape {tuple(pixel_values.shape)} for a batch with pixels of shape {shape}"
+            )
         return replace(self, extra={**self.extra, "pixel_values": pixel_values})
 
     def __repr__(self) -> str:
         images = [len(row) for row in self.images]
-        return f"Batch({self.size} rows, {self.length} positions, images per row {images}, image tokens {self.image_mask.sum(1).tolist()})"
+        tokens = self.image_mask.sum(dim=1).tolist()
+        return f"Batch({self.size} rows, {self.length} positions, images per row {images}, image tokens {tokens})"

@@ -37,8 +37,8 @@ def encode(
         processor: the model's Hugging Face processor.
         config: the model's configuration.
         anatomy: the model's anatomy.
-        images: None, or one entry per prompt: an image (path, PIL image, uint8 array), None for a text-only prompt, or a
-            list of images.
+        images: None, or one entry per prompt: an image (path, PIL image, uint8 array), None for a text-only prompt, or
+            a list of images.
         prompts: one text per row. With a chat template the image placeholders may be left out: the images then come
             before the text. Without one, every image needs its placeholder in the text.
         ids: one id per row, kept in the batch; by default "0", "1", ...
@@ -70,7 +70,9 @@ def encode(
     template = getattr(processor, "chat_template", None)
     use_chat = bool(template) if chat is None else chat
     if use_chat and not template:
-        raise InputError("chat=True, but this processor has no chat template; pass chat=False and put the placeholders yourself")
+        raise InputError(
+            "chat=True, but this processor has no chat template; pass chat=False and put the placeholders yourself"
+        )
     rows = []
     for row, (text, row_images) in enumerate(zip(texts, loaded, strict=True)):
         _check_placeholders(text, len(row_images), placeholder, row, may_be_left_out=use_chat)
@@ -84,7 +86,8 @@ def encode(
         if found != len(patches[row]):
             raise UnsupportedError(
                 f"prompt {row}: the processor made {found} image tokens, but the {anatomy.family.name} entry expects "
-                f"{len(patches[row])} for its images; patch size, feature layer and select strategy of processor and model must agree"
+                f"{len(patches[row])} for its images; patch size, feature layer and select strategy of processor "
+                "and model must agree"
             )
     extra = {}
     for name, value in processed.items():
@@ -127,7 +130,11 @@ def _chat(processor: Any, text: str, n_images: int, placeholder: str) -> str:
                 content.append({"type": "text", "text": piece.strip()})
     else:
         content = [{"type": "image"} for _ in range(n_images)] + [{"type": "text", "text": text}]
-    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False))
+    return str(
+        processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    )
 
 
 def _process(processor: Any, texts: list[str], images: list[Image]) -> Mapping[str, Any]:

@@ -1,8 +1,8 @@
 """What slitlamp knows about each family of Hugging Face VLMs: one declarative entry per family.
 
-An entry says where the parts of the model are, as module paths, and how its image tokens lie on the image. Nothing in it is
-used before `slitlamp.models.anatomy.read_anatomy` has checked it against the loaded model: a wrong path is an error when the
-model is loaded, never an empty result.
+An entry says where the parts of the model are, as module paths, and how its image tokens lie on the image. Nothing in
+it is used before `slitlamp.models.anatomy.read_anatomy` has checked it against the loaded model: a wrong path is an
+error when the model is loaded, never an empty result.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 PatchRule = Callable[["PreTrainedConfig", Mapping[str, Any], int, bool], list[Patches]]
-"""(model config, processor output, number of images, whether the tower has a CLS token) -> the patches of every image, in the order of its tokens."""
+"""(model config, processor output, number of images, whether the tower has a CLS token) -> the patches of every image,
+in the order of its tokens."""
 
 
 @dataclass(frozen=True)
 class VisionTower:
     """Where the parts of a vision tower are, relative to the tower's module.
 
-    `blocks` lists the paths that name the block list in the transformers versions that are supported; the first that exists
-    is used. `has_cls` says whether the tower's first token is a CLS token.
+    `blocks` lists the paths that name the block list in the transformers versions that are supported; the first that
+    exists is used. `has_cls` says whether the tower's first token is a CLS token.
     """
 
     blocks: tuple[str, ...]
@@ -38,8 +39,8 @@ class VisionTower:
 class Family:
     """Where the parts of one family of VLMs are, relative to the model's module.
 
-    `attention`, `out_proj` and `mlp` are relative to a block (`out_proj` to its attention). `patches` places the image tokens
-    of a prompt on its images.
+    `attention`, `out_proj` and `mlp` are relative to a block (`out_proj` to its attention). `patches` places the image
+    tokens of a prompt on its images.
     """
 
     name: str
@@ -97,7 +98,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     """The entry of a model's family.
 
     Raises:
-        UnsupportedError: the family has no entry; the message names the nearest known ones and what an entry must provide.
+        UnsupportedError: the family has no entry; the message names the nearest known ones and what an entry must
+            provide.
     """
     model_type = str(getattr(config, "model_type", "?"))
     if model_type in FAMILIES:
@@ -106,8 +108,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     raise UnsupportedError(
         f"slitlamp does not know the family {model_type!r}. Nearest known: {', '.join(close)}. "
         "A new entry in slitlamp/models/families.py must give the paths of the decoder blocks, their attention, output "
-        "projection and MLP, the final norm, the head, the vision tower and the projector, and a rule that places image "
-        "tokens on the image (see CONTRIBUTING, 'A family')."
+        "projection and MLP, the final norm, the head, the vision tower and the projector, and a rule that places "
+        "image tokens on the image (see CONTRIBUTING, 'A family')."
     )
 
 
@@ -122,5 +124,6 @@ def vision_tower_of(config: PreTrainedConfig) -> VisionTower:
         return VISION_TOWERS[model_type]
     raise UnsupportedError(
         f"slitlamp does not know the vision tower {model_type!r}. Known: {', '.join(sorted(VISION_TOWERS))}. "
-        "A new entry in VISION_TOWERS (slitlamp/models/families.py) must give the path of its blocks and whether it has a CLS token."
+        "A new entry in VISION_TOWERS (slitlamp/models/families.py) must give the path of its blocks and whether it "
+        "has a CLS token."
     )

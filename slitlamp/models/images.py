@@ -26,8 +26,8 @@ def load_image(source: ImageLike, where: str = "image") -> Image:
         where: how messages call it.
 
     Raises:
-        InputError: missing or corrupt file, a mode other than RGB or L, a side under 4 pixels, an aspect ratio over 200,
-            or an array of another type or shape.
+        InputError: missing or corrupt file, a mode other than RGB or L, a side under 4 pixels, an aspect ratio over
+            200, or an array of another type or shape.
     """
     if isinstance(source, str | Path):
         image = _open(Path(source), where)
@@ -47,13 +47,15 @@ def load_image(source: ImageLike, where: str = "image") -> Image:
     if min(width, height) < SMALLEST_SIDE:
         raise InputError(f"{where}: {width} x {height} pixels; each side must have at least {SMALLEST_SIDE}")
     if max(width, height) / min(width, height) > LARGEST_ASPECT:
-        raise InputError(f"{where}: {width} x {height} pixels; the sides may differ by a factor of {LARGEST_ASPECT:g} at most")
+        raise InputError(
+            f"{where}: {width} x {height} pixels; the sides may differ by a factor of {LARGEST_ASPECT:g} at most"
+        )
     if image.mode == "L":
         return image.convert("RGB")
     if image.mode != "RGB":
         raise InputError(
-            f"{where}: mode {image.mode!r}, but only RGB and L are taken, since how to drop an alpha channel, a palette or an "
-            "ink space is yours to choose; for example image.convert('RGB')"
+            f"{where}: mode {image.mode!r}, but only RGB and L are taken, since how to drop an alpha channel, a "
+            "palette or an ink space is yours to choose; for example image.convert('RGB')"
         )
     return image
 
@@ -85,6 +87,7 @@ def per_prompt(images: Sequence[Any] | None, n_prompts: int) -> list[list[ImageL
         raise InputError("images must be a list with one entry per prompt; for one prompt, write images=[image]")
     if len(images) != n_prompts:
         raise InputError(
-            f"{len(images)} image entries for {n_prompts} prompts; give one entry per prompt (an image, None, or a list of images)"
+            f"{len(images)} image entries for {n_prompts} prompts; give one entry per prompt (an image, None, or a "
+            "list of images)"
         )
     return [[] if one is None else list(one) if isinstance(one, list | tuple) else [one] for one in images]

@@ -25,7 +25,8 @@ class Patches:
     Attributes:
         image: int64 [token], the image of the prompt that the token belongs to, from 0.
         row: int64 [token], its row in the grid of its view, from the top; -1 for a token that stands for no row (CLS).
-        column: int64 [token], its column, from the left; -1 for tokens with no column: CLS and end-of-row (newline) tokens.
+        column: int64 [token], its column, from the left; -1 for tokens with no column: CLS and end-of-row (newline)
+            tokens.
         view: int64 [token], 0 for the view of the whole image, 1 for the high-resolution grid put together from tiles.
         grids: (image, view) -> (rows, columns).
     """
@@ -98,7 +99,7 @@ def _grid(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 def _base_grid(
     config: PreTrainedConfig, height: int, width: int, *, has_cls: bool
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Rows and columns of the whole-image view, with its CLS token first where the tower has one and the model keeps it."""
+    """Rows and columns of the whole-image view, after its CLS token where the tower has one and the model keeps it."""
     patch = int(config.vision_config.patch_size)
     shape = (height // patch, width // patch)
     row, column = _grid(*shape)
@@ -124,7 +125,7 @@ def llava_patches(
 def llava_next_patches(
     config: PreTrainedConfig, processed: Mapping[str, Any], n_images: int, has_cls: bool
 ) -> list[Patches]:
-    """LLaVA-NeXT: the whole image, then the tiles as one grid with the padding cut off, each row closed by a newline token."""
+    """LLaVA-NeXT: the whole image, then the tiles as one grid without padding, each row closed by a newline token."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     side = int(config.vision_config.image_size)
@@ -134,7 +135,7 @@ def llava_next_patches(
     for size in processed["image_sizes"][:n_images]:
         tile_rows, tile_columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
         per_tile = side // patch
-        # unpad_image cuts rows or columns off a picture; what is left of a picture of ones is the grid that the model keeps
+        # unpad_image cuts rows or columns off a picture; what is left of a picture of ones is the grid the model keeps
         kept = unpad_image(torch.ones(1, tile_rows * per_tile, tile_columns * per_tile), size)
         rows, columns = int(kept.shape[1]), int(kept.shape[2])
         row, column = _grid(rows, columns + 1)

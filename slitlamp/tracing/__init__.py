@@ -6,4 +6,16 @@ from slitlamp.tracing.session import Edit, session
 from slitlamp.tracing.sites import Site, canonical_name, check_sites
 from slitlamp.tracing.trace import SiteRecord, Step, Trace
 
-__all__ = ["Calls", "Edit", "Probe", "ProbeResult", "Site", "SiteRecord", "Step", "Trace", "canonical_name", "check_sites", "session"]
+__all__ = [
+    "Calls",
+    "Edit",
+    "Probe",
+    "ProbeResult",
+    "Site",
+    "SiteRecord",
+    "Step",
+    "Trace",
+    "canonical_name",
+    "check_sites",
+    "session",
+]

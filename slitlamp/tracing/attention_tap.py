@@ -87,7 +87,9 @@ def _tapped(
         is_causal = causal and attention_mask is None and query.shape[2] > 1
 
         def weights(rows: Tensor | None) -> Tensor:
-            return attention_rows(query, key, attention_mask, scaling=kwargs.get("scaling"), is_causal=is_causal, rows=rows)
+            return attention_rows(
+                query, key, attention_mask, scaling=kwargs.get("scaling"), is_causal=is_causal, rows=rows
+            )
 
         for observe in observers:
             observe(weights, query)
@@ -126,7 +128,8 @@ def tapped(model: PreTrainedModel) -> Iterator[None]:
     odd = sorted({str(name) for _, name in before} - {"eager", "sdpa", NAME, "None"})
     if odd:
         raise UnsupportedError(
-            f"this model runs attention by {', '.join(odd)}, which cannot be recorded yet; load it with attn_implementation='sdpa'"
+            f"this model runs attention by {', '.join(odd)}, which cannot be recorded yet; load it with "
+            "attn_implementation='sdpa'"
         )
     try:
         model.set_attn_implementation(NAME)

@@ -74,17 +74,22 @@ class Calls:
         expected = tuple(self.batch.input_ids.shape) if self.number == 0 else (self.batch.size, 1)
         if input_ids is None or shape != expected:
             raise UnsupportedError(
-                f"forward call {self.number} ran over input ids of shape {shape}, expected {expected}; beam search, assisted "
-                "decoding and chunked prefill cannot be traced or edited"
+                f"forward call {self.number} ran over input ids of shape {shape}, expected {expected}; beam search, "
+                "assisted decoding and chunked prefill cannot be traced or edited"
             )
         if self.number > 0:
-            alive = self._fed[-1] if self._fed else torch.ones(self.batch.size, dtype=torch.bool, device=self.batch.device)
+            alive = (
+                self._fed[-1] if self._fed else torch.ones(self.batch.size, dtype=torch.bool, device=self.batch.device)
+            )
             ended = (input_ids[:, 0, None] == self.end_tokens[None, :]).any(dim=1)
             self._fed.append(alive & ~ended)
 
     def select(self, positions: Positions) -> Selection | None:
         """The chosen query positions of the current call; None where no row has any."""
-        key = ("query:" + positions if isinstance(positions, str) else "query:mask", 0 if isinstance(positions, str) else id(positions))
+        key = (
+            "query:" + positions if isinstance(positions, str) else "query:mask",
+            0 if isinstance(positions, str) else id(positions),
+        )
         if key not in self._cache:
             mask = self._prefill_mask(positions) if self.is_prefill else self._decode_mask(positions)
             self._cache[key] = Selection.of(mask) if bool(mask.any()) else None
@@ -94,10 +99,15 @@ class Calls:
         """The chosen key positions of the current call: those of the prompt and of the tokens fed back so far."""
         if self.is_prefill:
             return self.select(positions)
-        key = ("key:" + positions if isinstance(positions, str) else "key:mask", 0 if isinstance(positions, str) else id(positions))
+        key = (
+            "key:" + positions if isinstance(positions, str) else "key:mask",
+            0 if isinstance(positions, str) else id(positions),
+        )
         if key not in self._cache:
             if isinstance(positions, str) and positions in ("last", "before_generated"):
-                raise InputError(f"keys={positions!r} has no meaning in a decode step; choose 'image', 'text', 'all' or a mask")
+                raise InputError(
+                    f"keys={positions!r} has no meaning in a decode step; choose 'image', 'text', 'all' or a mask"
+                )
             prompt = self._prefill_mask(positions)
             fed = torch.stack(self._fed, dim=1)
             if not self._counts_generated(positions):
@@ -110,7 +120,10 @@ class Calls:
         batch = self.batch
         if isinstance(positions, Tensor):
             if tuple(positions.shape) != (batch.size, batch.length):
-                raise InputError(f"a position mask of shape {list(positions.shape)} for a batch of shape {[batch.size, batch.length]}")
+                raise InputError(
+                    f"a position mask of shape {list(positions.shape)} for a batch of shape "
+                    f"{[batch.size, batch.length]}"
+                )
             return positions.to(batch.device) & batch.real_mask
         if positions == "last":
             mask = torch.zeros_like(batch.image_mask)
@@ -135,7 +148,9 @@ class Calls:
         return isinstance(positions, str) and positions != "image"
 
 
-def vision_selection(n_rows: int, n_positions: int, positions: Positions, has_cls: bool, device: torch.device) -> Selection:
+def vision_selection(
+    n_rows: int, n_positions: int, positions: Positions, has_cls: bool, device: torch.device
+) -> Selection:
     """The chosen positions of a vision tower: "all", "cls" (the first) or "patches" (all but the CLS)."""
     first = 1 if has_cls and positions == "patches" else 0
     last = 1 if positions == "cls" else n_positions

@@ -23,7 +23,7 @@ View = Callable[[Batch], tuple[Batch, list[Edit]]]
 """Another version of a batch (its image removed, say), and the edits to run it with."""
 
 Labels = Sequence[pd.DataFrame | None]
-"""Per row of a batch, a table with a row per generated token: `token` (0-based), `word`, `label`; None where unknown."""
+"""Per row of a batch, a table with a row per generated token: `token` (from 0), `word`, `label`; None where unknown."""
 
 
 @dataclass
@@ -56,9 +56,9 @@ class ProbeResult:
 class Probe(ABC):
     """A measurement of what a VLM computes.
 
-    Subclasses are dataclasses whose fields are the parameters; making one does no work. `update` streams: it may keep sums and
-    one small row per item, never the recordings. What it keeps is given by `state` and taken back by `load_state`, so that a
-    killed run can go on; `merge` joins the states of two parts of a data set, in order.
+    Subclasses are dataclasses whose fields are the parameters; making one does no work. `update` streams: it may keep
+    sums and one small row per item, never the recordings. What it keeps is given by `state` and taken back by
+    `load_state`, so that a killed run can go on; `merge` joins the states of two parts of a data set, in order.
     """
 
     name: ClassVar[str]

@@ -69,8 +69,8 @@ def _place(model: nn.Module, anatomy: Anatomy, site: str, layer: int) -> _Place:
 def _hook(place: _Place, function: Callable[[Tensor], Tensor | None], *, first: bool) -> RemovableHandle:
     """Call a function on the values that pass a place; what it returns, unless None, takes their place.
 
-    `first` puts it before hooks that are there already: transformers captures `hidden_states`, from which LLaVA takes its
-    image features, by hooks of its own, and an edit must come before them.
+    `first` puts it before hooks that are there already: transformers captures `hidden_states`, from which LLaVA takes
+    its image features, by hooks of its own, and an edit must come before them.
     """
 
     def apply(values: Tensor) -> Tensor | None:
@@ -98,7 +98,9 @@ def _hook(place: _Place, function: Callable[[Tensor], Tensor | None], *, first: 
     return place.module.register_forward_hook(after, prepend=first)
 
 
-def _chosen(site: Site, positions: Positions, calls: Calls, anatomy: Anatomy, rows: int, length: int, device: Any) -> Selection | None:
+def _chosen(
+    site: Site, positions: Positions, calls: Calls, anatomy: Anatomy, rows: int, length: int, device: Any
+) -> Selection | None:
     if site.is_vision:
         return vision_selection(rows, length, positions, anatomy.has_cls and site.name != "projector_out", device)
     return calls.select(positions)
@@ -125,7 +127,9 @@ class Recorder:
         """A function that records the values passing a site of states."""
 
         def record(values: Tensor) -> None:
-            selection = _chosen(site, site.positions, self.calls, self.anatomy, values.shape[0], values.shape[1], values.device)
+            selection = _chosen(
+                site, site.positions, self.calls, self.anatomy, values.shape[0], values.shape[1], values.device
+            )
             if selection is None:
                 return
             if site.heads is not None:

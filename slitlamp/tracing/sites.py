@@ -1,8 +1,8 @@
 """Sites: the places in a VLM that can be recorded or edited, and what to record there.
 
 Short constructors (`resid_post(layers=[2, 4], positions="image")`) describe one recording. Layers are 0-based;
-`resid_post[l]` is the residual stream after block l, `resid_pre[0]` the input of the language model with the projected image
-features in place.
+`resid_post[l]` is the residual stream after block l, `resid_pre[0]` the input of the language model with the projected
+image features in place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from slitlamp.errors import InputError, unknown
 from slitlamp.models.anatomy import Anatomy
 
 Positions = (
-    Literal["all", "image", "text", "text_after_image", "last", "generated", "before_generated", "cls", "patches"] | Tensor
+    Literal["all", "image", "text", "text_after_image", "last", "generated", "before_generated", "cls", "patches"]
+    | Tensor
 )
 Reduction = Literal["mean", "sum"]
 
@@ -43,17 +44,17 @@ class Site:
     """One recording.
 
     Attributes:
-        name: the place: `resid_pre`, `resid_post`, `z`, `mlp_out`, `attention`, `vision_resid_post`, `vision_attention`,
-            `projector_out`.
+        name: the place: `resid_pre`, `resid_post`, `z`, `mlp_out`, `attention`, `vision_resid_post`,
+            `vision_attention`, `projector_out`.
         layers: 0-based layers, None for all. `projector_out` has none.
         positions: which positions are kept (rows of attention: see `queries`).
-        reduce: "mean" or "sum" over the chosen positions, done before storing, accumulated and returned in float32; None
-            keeps every position.
+        reduce: "mean" or "sum" over the chosen positions, done before storing, accumulated and returned in float32;
+            None keeps every position.
         heads: which heads are kept, None for all (`z` and attention only).
         queries, keys: query rows and key columns that are kept (attention only).
         reduce_queries, reduce_keys, reduce_heads: reductions of attention, done before storing.
-        label: the name under which the trace gives it; by default the site's name. Needed when one trace records the same
-            site twice.
+        label: the name under which the trace gives it; by default the site's name. Needed when one trace records the
+            same site twice.
     """
 
     name: str
@@ -107,7 +108,9 @@ def _tuple(values: Iterable[int] | int | None) -> tuple[int, ...] | None:
     return (values,) if isinstance(values, int) else tuple(values)
 
 
-def _state(name: str, layers: Iterable[int] | int | None, positions: object, reduce: object, label: str, heads: object = None) -> Site:
+def _state(
+    name: str, layers: Iterable[int] | int | None, positions: object, reduce: object, label: str, heads: object = None
+) -> Site:
     return Site(
         name=name,
         layers=_tuple(layers),
@@ -119,14 +122,20 @@ def _state(name: str, layers: Iterable[int] | int | None, positions: object, red
 
 
 def resid_pre(
-    layers: Iterable[int] | int | None = None, positions: Positions = "all", reduce: Reduction | None = None, label: str = ""
+    layers: Iterable[int] | int | None = None,
+    positions: Positions = "all",
+    reduce: Reduction | None = None,
+    label: str = "",
 ) -> Site:
     """The residual stream before a block: [batch, position, d_model]. `resid_pre[0]` is the language model's input."""
     return _state("resid_pre", layers, positions, reduce, label)
 
 
 def resid_post(
-    layers: Iterable[int] | int | None = None, positions: Positions = "all", reduce: Reduction | None = None, label: str = ""
+    layers: Iterable[int] | int | None = None,
+    positions: Positions = "all",
+    reduce: Reduction | None = None,
+    label: str = "",
 ) -> Site:
     """The residual stream after a block, before any final norm: [batch, position, d_model]."""
     return _state("resid_post", layers, positions, reduce, label)
@@ -144,16 +153,23 @@ def z(
 
 
 def mlp_out(
-    layers: Iterable[int] | int | None = None, positions: Positions = "all", reduce: Reduction | None = None, label: str = ""
+    layers: Iterable[int] | int | None = None,
+    positions: Positions = "all",
+    reduce: Reduction | None = None,
+    label: str = "",
 ) -> Site:
     """The output of a block's MLP, before it is added to the residual stream: [batch, position, d_model]."""
     return _state("mlp_out", layers, positions, reduce, label)
 
 
 def vision_resid_post(
-    layers: Iterable[int] | int | None = None, positions: Positions = "all", reduce: Reduction | None = None, label: str = ""
+    layers: Iterable[int] | int | None = None,
+    positions: Positions = "all",
+    reduce: Reduction | None = None,
+    label: str = "",
 ) -> Site:
-    """The residual stream after a block of the vision tower: [tile, position, d_vision]; positions "all", "cls" or "patches".
+    """The residual stream after a block of the vision tower: [tile, position, d_vision]; positions are "all", "cls"
+    or "patches".
 
     A tile is one picture given to the tower: an image, or one of the several that LLaVA-NeXT cuts an image into.
     """
@@ -202,7 +218,7 @@ def vision_attention(
     reduce_heads: Reduction | None = None,
     label: str = "",
 ) -> Site:
-    """Attention weights of the vision tower: [tile, head, query, key]; by default those of the CLS token over the patches."""
+    """Attention weights of the vision tower: [tile, head, query, key]; by default the CLS token's over the patches."""
     return Site(
         "vision_attention",
         _tuple(layers),
@@ -244,7 +260,10 @@ def _check_site(site: Site, anatomy: Anatomy) -> Site:
         if isinstance(positions, str) and positions not in known:
             raise unknown(f"position for {site.name}", positions, known)
         if isinstance(positions, Tensor) and (positions.dtype != torch.bool or positions.ndim != 2):
-            raise InputError(f"{site.name}: a position mask must be bool [batch, position], found {positions.dtype} {list(positions.shape)}")
+            raise InputError(
+                f"{site.name}: a position mask must be bool [batch, position], found {positions.dtype} "
+                f"{list(positions.shape)}"
+            )
         if isinstance(positions, str) and positions == "cls" and not anatomy.has_cls:
             raise InputError(f"{site.name}: this model's vision tower has no CLS token")
     for reduction in (site.reduce, site.reduce_queries, site.reduce_keys, site.reduce_heads):

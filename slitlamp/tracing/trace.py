@@ -54,7 +54,9 @@ class SiteRecord(Mapping[int, Tensor]):
 
     def __getitem__(self, layer: int) -> Tensor:
         if not self._steps:
-            raise InputError(f"{self.site.label!r} recorded nothing: no position of this run is among {self._asked()!r}")
+            raise InputError(
+                f"{self.site.label!r} recorded nothing: no position of this run is among {self._asked()!r}"
+            )
         if layer not in self.layers:
             raise InputError(f"layer {layer} of {self.site.label!r} was not recorded; recorded: {list(self.layers)}")
         parts = [step.values[self.site.label][layer] for step in self._steps]
@@ -80,7 +82,7 @@ class SiteRecord(Mapping[int, Tensor]):
 
     @property
     def mask(self) -> Tensor:
-        """bool [row, position] (attention: [row, query]), true where a recording is real and not padding of a shorter row."""
+        """bool [row, position] (attention: [row, query]), true where a recording is real rather than padding."""
         masks = [step.masks[self.site.label] for step in self._steps]
         return torch.cat(masks, dim=1) if masks else torch.zeros(0, 0, dtype=torch.bool)
 
