@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -107,9 +108,9 @@ def test_the_model_is_bit_identical_after_exit(case: tuple[Make, float, float], 
     config = llava.model.config.to_dict()
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in llava.model.modules()]
     before = llava.forward(batch).logits
-    with pytest.raises(RuntimeError, match="stop"), llava.apply(make(strong)):
+    with contextlib.suppress(RuntimeError), llava.apply(make(strong)):
         llava.generate(batch, max_new_tokens=3)
-        raise RuntimeError("stop")
+        raise RuntimeError("an exception leaves as clean a model as an ordinary exit")
     assert torch.equal(llava.forward(batch).logits, before)
     assert llava.model.config.to_dict() == config
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in llava.model.modules()] == hooks

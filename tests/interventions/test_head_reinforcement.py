@@ -56,7 +56,7 @@ def test_layer_by_layer_with_the_layers_below_reinforced(llava: VLM, batch: Batc
         logits = llava.forward(batch).logits
         generation = llava.generate(batch, max_new_tokens=6)
     assert {layer: heads.tolist() for layer, heads in method.chosen_.items()} == {
-        l: h.tolist() for l, h in expected.items()
+        layer: heads.tolist() for layer, heads in expected.items()
     }
     assert torch.allclose(logits, reinforced.forward(batch).logits, atol=1e-4)
     assert generation.tokens == reinforced.generate(batch, max_new_tokens=6).tokens
