@@ -1,0 +1,1 @@
+"""The embedded vision-language model: procedural scenes, language, architecture and training recipe."""
