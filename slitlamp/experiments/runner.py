@@ -1,0 +1,271 @@
+"""Doing the work of a plan, unit by unit, and turning what the units left into tables."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from slitlamp.errors import RunFolderError
+from slitlamp.experiments import environment, storage
+from slitlamp.experiments.conditions import Condition, condition_table
+from slitlamp.experiments.config import ModelConfig
+from slitlamp.experiments.datasets import Dataset, Item
+from slitlamp.experiments.folder import ENVIRONMENT, PREDICTIONS, TABLES, Part, Unit
+from slitlamp.experiments.labels import token_labels
+from slitlamp.experiments.models import load_model
+from slitlamp.experiments.plan import Plan
+from slitlamp.experiments.progress import progress_bar
+from slitlamp.experiments.run import Run
+from slitlamp.experiments.scores import score
+from slitlamp.experiments.showcase import make_showcase
+
+if TYPE_CHECKING:
+    from slitlamp.decoding import Generation
+    from slitlamp.tracing import Probe
+    from slitlamp.vlm import VLM
+
+logger = logging.getLogger(__name__)
+
+
+class Runner:
+    """Runs a plan in its folder. What an earlier, killed process finished is not done again."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.folder = plan.folder
+        self._seconds: dict[str, float] = {}
+        self._vlm: VLM | None = None if isinstance(plan.model, ModelConfig) else plan.model
+
+    def run(self) -> Run:
+        """Do what is left to do."""
+        plan = self.plan
+        with self.folder.open(plan.config(), overwrite=plan.experiment.overwrite):
+            data = {one.name: one.fingerprint() for one in plan.datasets}
+            self.folder.check_identity({"data": data, "versions": environment.versions()})
+            if self._is_finished():
+                self.folder.remove_parts()
+                return Run(self.folder.path)
+            facts = self._facts(data)
+            self.folder.check_identity({key: facts[key] for key in environment.IDENTITY})
+            self._write_environment(facts, finished=False)
+            self._do_units()
+            self._write_results()
+            self._write_environment(facts, finished=True)
+            self.folder.remove_parts()
+        return Run(self.folder.path)
+
+    # -- model and environment --------------------------------------------------------------------------------------
+
+    @property
+    def vlm(self) -> VLM:
+        """The model, loaded when it is first needed."""
+        if self._vlm is None:
+            assert isinstance(self.plan.model, ModelConfig)
+            with self._timed("load model"):
+                self._vlm = load_model(self.plan.model)
+        return self._vlm
+
+    def _facts(self, data: dict[str, str]) -> dict[str, Any]:
+        plan = self.plan
+        for condition in plan.conditions:
+            for one in condition.interventions:
+                one.check(self.vlm.anatomy)
+        for probe in plan.probes.values():
+            probe.sites(self.vlm.anatomy)
+        revision = plan.model.revision if isinstance(plan.model, ModelConfig) else None
+        return environment.describe(self.vlm, revision, plan.experiment.seed, data)
+
+    def _is_finished(self) -> bool:
+        path = self.folder.path / ENVIRONMENT
+        if not path.is_file():
+            return False
+        found = storage.read_json(path)
+        tables = [self.folder.path / TABLES / f"{name}.parquet" for name in found.get("tables", [])]
+        return bool(found.get("finished")) and all(one.is_file() for one in (*tables, self.folder.path / PREDICTIONS))
+
+    def _write_environment(self, facts: dict[str, Any], *, finished: bool) -> None:
+        content = {**facts, "finished": finished}
+        if finished:
+            content["tables"] = sorted(one.stem for one in (self.folder.path / TABLES).glob("*.parquet"))
+            content["timing"] = self._timing()
+        storage.write_json(self.folder.path / ENVIRONMENT, content)
+
+    def _timing(self) -> dict[str, float]:
+        """Seconds per step; of the units, those of the process that did them."""
+        seconds: dict[str, float] = {}
+        for unit, _ in self._units():
+            for step, value in self.folder.read_part(unit).seconds.items():
+                key = f"{step} {unit.condition}"
+                seconds[key] = seconds.get(key, 0.0) + value
+        seconds = self._seconds | seconds
+        return {key: round(value, 3) for key, value in seconds.items()} | {"total": round(sum(seconds.values()), 3)}
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[step] = self._seconds.get(step, 0.0) + time.perf_counter() - start
+
+    # -- units ------------------------------------------------------------------------------------------------------
+
+    def _units(self) -> Iterator[tuple[Unit, Sequence[Item]]]:
+        """All units in the order in which they are done; the same for every process that works on this plan."""
+        size = self.plan.experiment.batch_size
+        for condition in self.plan.conditions:
+            for data in self.plan.datasets:
+                for chunk, start in enumerate(range(0, len(data), size)):
+                    yield Unit(condition.name, data.name, chunk), data.items[start : start + size]
+
+    def _do_units(self) -> None:
+        units = list(self._units())
+        datasets = {one.name: one for one in self.plan.datasets}
+        with progress_bar(self.plan.experiment.progress) as bar:
+            task = bar.add_task("", total=sum(len(items) for _, items in units))
+            for unit, items in units:
+                bar.update(task, description=f"{unit.condition} · {unit.dataset}")
+                if not self._is_done(unit, items):
+                    condition = self.plan.condition(unit.condition)
+                    self.folder.write_part(unit, self._do(unit, condition, datasets[unit.dataset], items))
+                bar.advance(task, len(items))
+
+    def _is_done(self, unit: Unit, items: Sequence[Item]) -> bool:
+        if not self.folder.has_part(unit):
+            return False
+        try:
+            found = [row["item"] for row in self.folder.read_part(unit).predictions]
+        except (RunFolderError, KeyError, ValueError):
+            logger.warning("the stored part %s cannot be read and is done again", unit.file)
+            return False
+        return found == [item.id for item in items]
+
+    def _do(self, unit: Unit, condition: Condition, data: Dataset, items: Sequence[Item]) -> Part:
+        vlm, plan = self.vlm, self.plan
+        seconds: dict[str, float] = {}
+        with _clock(seconds, "encode"):
+            batch = vlm.encode(
+                images=[item.image for item in items],
+                prompts=[item.prompt for item in items],
+                ids=[item.id for item in items],
+            )
+        options: dict[str, Any] = dict(plan.generation)
+        if options.get("do_sample"):
+            options["seed"] = unit_seed(plan.experiment.seed, unit)
+        states = {}
+        with vlm.apply(*condition.interventions):
+            with _clock(seconds, "generate"):
+                generation = vlm.generate(batch, max_new_tokens=plan.max_new_tokens[data.name], **options)
+            if plan.measures(condition.name, data.name):
+                with _clock(seconds, "measure"):
+                    labels = _labels(generation, data, items)
+                    for key, probe in plan.probes.items():
+                        fresh = copy.deepcopy(probe)
+                        vlm.measure(fresh, generation.teacher_forced(), labels)
+                        states[key] = fresh.state()
+        return Part(_prediction_rows(unit, data, items, generation), states, seconds)
+
+    # -- results ----------------------------------------------------------------------------------------------------
+
+    def _write_results(self) -> None:
+        """Predictions and tables, from the stored units only, so that a resumed run ends like any other."""
+        plan = self.plan
+        with self._timed("tables"):
+            path = self.folder.path / PREDICTIONS
+            storage.write_tables(path, (_frame(self.folder.read_part(unit).predictions) for unit, _ in self._units()))
+            predictions = {
+                (str(condition), str(dataset)): frame
+                for (condition, dataset), frame in storage.read_table(path).groupby(
+                    ["condition", "dataset"], sort=False
+                )
+            }
+            bootstrap = {
+                "n_resamples": plan.experiment.n_resamples,
+                "level": plan.experiment.level,
+                "seed": plan.experiment.seed,
+            }
+            names = [one.name for one in plan.conditions]
+            tables = {"condition_info": condition_table(plan.conditions)}
+            tables |= score(plan.datasets, names, plan.comparisons, predictions, **bootstrap)
+            tables |= self._probe_tables()
+        if plan.experiment.showcase:
+            with self._timed("showcase"):
+                tables |= make_showcase(plan, self.vlm, predictions, tables)
+        for name, frame in tables.items():
+            self.folder.write_table(name, frame)
+
+    def _probe_tables(self) -> dict[str, pd.DataFrame]:
+        """The tables of every probe as `<probe>_<table>`, with the condition and the data set in front."""
+        parts: dict[str, list[pd.DataFrame]] = {}
+        for key, probe in self.plan.probes.items():
+            for condition in self.plan.probe_conditions:
+                for dataset in self.plan.probe_datasets:
+                    for name, frame in self._merged(key, probe, condition, dataset).result().tables.items():
+                        frame = frame.copy()
+                        frame.insert(0, "dataset", dataset)
+                        frame.insert(0, "condition", condition)
+                        parts.setdefault(f"{key}_{name}", []).append(frame)
+        return {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
+
+    def _merged(self, key: str, probe: Probe, condition: str, dataset: str) -> Probe:
+        whole = copy.deepcopy(probe)
+        for unit, _ in self._units():
+            if (unit.condition, unit.dataset) == (condition, dataset):
+                part = copy.deepcopy(probe)
+                part.load_state(self.folder.read_part(unit).states[key])
+                whole.merge(part)
+        return whole
+
+
+def unit_seed(seed: int, unit: Unit) -> int:
+    """The seed of sampling in a unit: the same for all conditions, so that they are compared on the same draws."""
+    digest = hashlib.sha256(f"{seed} {unit.dataset} {unit.chunk}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[step] = time.perf_counter() - start
+
+
+def _labels(generation: Generation, data: Dataset, items: Sequence[Item]) -> list[pd.DataFrame | None]:
+    if data.truth is None or data.synonyms is None:
+        return [None] * len(items)
+    return [
+        token_labels(text, spans, item.image_id, data.truth, data.synonyms)
+        for item, text, spans in zip(items, generation.texts, generation.spans, strict=True)
+    ]
+
+
+def _prediction_rows(unit: Unit, data: Dataset, items: Sequence[Item], generation: Generation) -> list[dict[str, Any]]:
+    return [
+        {
+            "condition": unit.condition,
+            "dataset": unit.dataset,
+            "task": data.task,
+            "item": item.id,
+            "image_id": str(item.image_id),
+            "image": item.image.name,
+            "prompt": item.prompt,
+            "object": item.object,
+            "label": item.label,
+            "text": text,
+            "n_tokens": len(tokens),
+            "stopped": stopped,
+            "tokens": list(tokens),
+        }
+        for item, text, tokens, stopped in zip(
+            items, generation.texts, generation.tokens, generation.stopped, strict=True
+        )
+    ]
+
+
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(rows)

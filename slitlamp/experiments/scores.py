@@ -1,0 +1,162 @@
+"""From the predictions of a run to its tables: scores with intervals, paired differences, and rows per item."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from slitlamp.errors import InputError
+from slitlamp.evaluation.chair import (
+    chair_differences,
+    chair_mentions,
+    chair_rows,
+    chair_scores,
+    matched_recall,
+    recall_curve,
+)
+from slitlamp.evaluation.pope import pope_differences, pope_items, pope_scores
+from slitlamp.experiments.datasets import Dataset
+
+Tables = dict[str, pd.DataFrame]
+Predictions = Mapping[tuple[str, str], pd.DataFrame]
+
+
+def score(
+    datasets: Sequence[Dataset],
+    conditions: Sequence[str],
+    comparisons: Sequence[tuple[str, str]],
+    predictions: Predictions,
+    **bootstrap: Any,
+) -> Tables:
+    """All tables that follow from predictions.
+
+    Args:
+        datasets: the data sets, in order.
+        conditions: names, the reference first.
+        comparisons: pairs (condition, reference).
+        predictions: by (condition, data set): a row per item, in the order of the items, with columns item and text.
+        bootstrap: `n_resamples`, `level` and `seed` of the intervals.
+
+    Returns:
+        conditions and differences (a row per condition, data set and metric), pope_strict (POPE by the strict parser),
+        pope_items, chair_rows, chair_mentions, recall_curve, matched_recall (all conditions at one recall),
+        matched_differences (every pair of `comparisons` at the highest recall that both reach); a table that no data
+        set asks for is absent.
+    """
+    parts: dict[str, list[pd.DataFrame]] = {}
+
+    def add(name: str, frame: pd.DataFrame, **first: Any) -> None:
+        frame = frame.drop(columns=[key for key in first if key in frame.columns])
+        for position, (key, value) in enumerate(first.items()):
+            frame.insert(position, key, value)
+        parts.setdefault(name, []).append(frame)
+
+    pope = {one.name: _pope_items(one, conditions, predictions) for one in datasets if one.task == "pope"}
+    for name, items in pope.items():
+        for condition in conditions:
+            add("pope_items", items[condition], condition=condition, dataset=name)
+    for name, items in {**pope, **_pooled(pope, conditions)}.items():
+        for condition in conditions:
+            here = {"condition": condition, "dataset": name, "task": "pope"}
+            add("conditions", pope_scores(items[condition], "official", **bootstrap), **here)
+            add("pope_strict", pope_scores(items[condition], "strict", **bootstrap), **here)
+        for condition, reference in comparisons:
+            frame = pope_differences(items[reference], items[condition], "official", **bootstrap)
+            add("differences", frame, condition=condition, reference=reference, dataset=name, task="pope")
+
+    for one in datasets:
+        if one.task == "captions":
+            _captions(one, conditions, comparisons, predictions, bootstrap, add)
+    return {name: _join(frames) for name, frames in parts.items()}
+
+
+def _pope_items(dataset: Dataset, conditions: Sequence[str], predictions: Predictions) -> dict[str, pd.DataFrame]:
+    known = pd.DataFrame(
+        {
+            "question_id": [item.id for item in dataset.items],
+            "image": [str(item.image_id) for item in dataset.items],
+            "object": [item.object for item in dataset.items],
+            "label": [item.label for item in dataset.items],
+        }
+    )
+    return {name: pope_items(known.assign(text=_texts(dataset, name, predictions))) for name in conditions}
+
+
+def _texts(dataset: Dataset, condition: str, predictions: Predictions) -> list[str]:
+    found = predictions[condition, dataset.name]
+    if found["item"].tolist() != [item.id for item in dataset.items]:
+        raise InputError(f"the predictions of {condition!r} on {dataset.name!r} are not those of its items")
+    return [str(text) for text in found["text"]]
+
+
+def _pooled(
+    pope: Mapping[str, Mapping[str, pd.DataFrame]], conditions: Sequence[str]
+) -> dict[str, dict[str, pd.DataFrame]]:
+    """The splits of one POPE set together, as `<set>/pope_all`; resampled by image, since they share images."""
+    groups: dict[str, list[str]] = {}
+    for name in pope:
+        groups.setdefault(name.rpartition("/")[0], []).append(name)
+    pooled = {}
+    for folder, names in groups.items():
+        if len(names) > 1:
+            full = f"{folder}/pope_all".lstrip("/")
+            pooled[full] = {
+                condition: pd.concat([pope[name][condition].assign(split=name) for name in names], ignore_index=True)
+                for condition in conditions
+            }
+    return pooled
+
+
+def _captions(
+    dataset: Dataset,
+    conditions: Sequence[str],
+    comparisons: Sequence[tuple[str, str]],
+    predictions: Predictions,
+    bootstrap: Mapping[str, Any],
+    add: Any,
+) -> None:
+    if dataset.truth is None or dataset.synonyms is None:
+        raise InputError(f"the captions of {dataset.name!r} cannot be scored without ground truth and synonyms")
+    images = [item.image_id for item in dataset.items]
+    truth = dataset.truth.subset(images)
+    rows: dict[str, pd.DataFrame] = {}
+    mentions: dict[str, pd.DataFrame] = {}
+    for condition in conditions:
+        captions = pd.DataFrame({"image_id": images, "caption": _texts(dataset, condition, predictions)})
+        rows[condition] = chair_rows(captions, truth, dataset.synonyms)
+        mentions[condition] = chair_mentions(captions, truth, dataset.synonyms)
+        here = {"condition": condition, "dataset": dataset.name}
+        add("chair_rows", rows[condition], **here)
+        add("chair_mentions", mentions[condition], **here)
+        add("conditions", chair_scores(rows[condition], **bootstrap), **here, task="captions")
+        add("recall_curve", recall_curve(mentions[condition], truth), **here)
+    for condition, reference in comparisons:
+        frame = chair_differences(rows[reference], rows[condition], **bootstrap)
+        add("differences", frame, condition=condition, reference=reference, dataset=dataset.name, task="captions")
+        pair = {reference: mentions[reference], condition: mentions[condition]}
+        add(
+            "matched_differences",
+            _difference(matched_recall(pair, truth, **bootstrap)),
+            reference=reference,
+            dataset=dataset.name,
+        )
+    add("matched_recall", matched_recall(mentions, truth, **bootstrap), dataset=dataset.name)
+
+
+def _difference(matched: pd.DataFrame) -> pd.DataFrame:
+    """The second row of a matched-recall table of two conditions, as a difference to the first."""
+    names = {"difference": "value", "difference_low": "low", "difference_high": "high"}
+    kept = matched.iloc[1:].drop(columns=["value", "low", "high"]).rename(columns=names)
+    return kept[["condition", "recall", "value", "low", "high", "p", "n_images"]]
+
+
+def _join(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    joined = pd.concat(frames, ignore_index=True)
+    for name in ("n_questions",):
+        if name in joined:
+            joined[name] = joined[name].astype("Int64")
+    if "image_id" in joined and joined["image_id"].map(type).nunique() > 1:
+        joined["image_id"] = joined["image_id"].astype(str)
+    return joined
