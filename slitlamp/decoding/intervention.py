@@ -62,7 +62,8 @@ class Intervention(ABC):
 
     def describe(self) -> str:
         """What this does, in a few plain words."""
-        values = ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in fields(self))  # type: ignore[arg-type]
+        parameters = [one.name for one in fields(self) if one.init]  # type: ignore[arg-type]
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in parameters)
         return f"{self.name}({values})"
 
 

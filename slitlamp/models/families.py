@@ -54,6 +54,7 @@ class Family:
     vision_tower: str
     projector: str
     patches: PatchRule
+    image_tokens: str
 
 
 VISION_TOWERS: dict[str, VisionTower] = {
@@ -76,6 +77,7 @@ FAMILIES: dict[str, Family] = {
             vision_tower="model.vision_tower",
             projector="model.multi_modal_projector",
             patches=llava_patches,
+            image_tokens="one grid per image",
         ),
         Family(
             name="LLaVA-NeXT",
@@ -89,6 +91,7 @@ FAMILIES: dict[str, Family] = {
             vision_tower="model.vision_tower",
             projector="model.multi_modal_projector",
             patches=llava_next_patches,
+            image_tokens="the whole image, then its tiles as one grid with a newline token after each row",
         ),
     )
 }
@@ -127,3 +130,10 @@ def vision_tower_of(config: PreTrainedConfig) -> VisionTower:
         "A new entry in VISION_TOWERS (slitlamp/models/families.py) must give the path of its blocks and whether it "
         "has a CLS token."
     )
+
+
+def families_table() -> str:
+    """The known families as a Markdown table: name, `model_type`, vision towers, and what their image tokens are."""
+    towers = ", ".join(f"{name.removesuffix('_vision_model')}{'' if one.has_cls else ' (no CLS)'}" for name, one in VISION_TOWERS.items())
+    rows = [f"| {one.name} | `{one.model_type}` | {towers} | {one.image_tokens} |" for one in FAMILIES.values()]
+    return "\n".join(["| family | `model_type` | vision towers | image tokens |", "|---|---|---|---|", *rows])
