@@ -30,8 +30,8 @@ WITHOUT_EFFECT = frozenset({"data_workers", "save_every", "log_every"})
 class TrainingConfig:
     """Every number of a training run.
 
-    `threads` is part of the result: sums of floats depend on how they are split. `checkpoints` are the shares of the
-    joint stage after which a loadable fp16 folder is written.
+    `threads` is part of the result, as is the kind of processor: sums of floats depend on how they are split.
+    `checkpoints` are the shares of the joint stage after which a loadable fp16 folder is written.
     """
 
     seed: int = 0
@@ -172,6 +172,8 @@ class _Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, peak, config.warmup)
             loss, parts = self._loss(batch)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss became {loss.item()} at step {step} of stage {stage}")
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
             optimizer.step()
