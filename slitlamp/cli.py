@@ -1,0 +1,218 @@
+"""The command `slitlamp`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import slitlamp
+from slitlamp.errors import SlitlampError, unknown
+
+if TYPE_CHECKING:
+    from slitlamp.experiments import Run
+    from slitlamp.experiments.config import Config
+
+app = typer.Typer(
+    help="See what a vision-language model does inside while it answers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change an entry of the configuration; repeatable."),
+]
+Output = Annotated[Path | None, typer.Option(help="The run folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in the folder first.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; an error that slitlamp raises on purpose is one message and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="slitlamp")
+    except SlitlampError as error:
+        err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        out.print(slitlamp.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    output: Output = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few images only: to see that everything works.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Head reinforcement against its controls on the embedded model: about two minutes, then a report to open."""
+    from slitlamp.experiments import find_config, read_config
+    from slitlamp.experiments.places import data_folders
+
+    path = find_config("demo", data_folders("experiments"))
+    config = read_config(path, ["take=4", "n_resamples=200"] if quick else [])
+    default = Path("runs") / ("demo-quick" if quick else "demo")
+    _run(config, path, output or default, overwrite)
+
+
+@app.command()
+def run(
+    experiment: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of an experiment that comes with slitlamp.")
+    ],
+    changes: Overrides = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run an experiment; one that was killed goes on where it stopped."""
+    from slitlamp.experiments import find_config, read_config
+    from slitlamp.experiments.places import data_folders
+
+    path = find_config(experiment, data_folders("experiments"))
+    _run(read_config(path, changes or []), path, output, overwrite)
+
+
+def _run(config: Config, path: Path, output: Path | None, overwrite: bool) -> None:
+    from slitlamp.experiments import Experiment
+    from slitlamp.experiments.places import inside
+
+    _silence_libraries()
+    folders = [path.resolve().parent, Path.cwd()]
+    if output is None:
+        output = inside(config.output or f"runs/{path.stem}", [Path.cwd(), *folders], "output")
+    experiment = Experiment.from_config(config, output=output, folders=folders, overwrite=overwrite)
+    try:
+        _report(experiment.run())
+    except KeyboardInterrupt:
+        err.print(f"stopped; the same command goes on from here ({output})")
+        raise SystemExit(130) from None
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Draw the figures and write report.html again, from what a run folder holds."""
+    from slitlamp.experiments import load_run
+
+    _report(load_run(folder))
+
+
+def _report(run: Run) -> None:
+    from slitlamp.experiments.summary import summary
+
+    with out.status("figures and report"):
+        path = run.report()
+    for line in summary(run):
+        out.print(Text(f"- {line}"), soft_wrap=True)
+    out.print(Text.assemble("report: ", (str(path), "bold")), soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="`organism`, a folder, or a hub id.")] = "organism",
+    revision: Annotated[str | None, typer.Option(help="Of the hub repository.")] = None,
+) -> None:
+    """Anatomy, sites and memory of a model, from its configuration alone: no weights are loaded."""
+    from slitlamp.inspection import inspect_model
+
+    _silence_libraries()
+    found = inspect_model(model, revision=revision)
+    for title, rows in found.sections().items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        out.print(table)
+        out.print()
+
+
+@app.command(name="list")
+def list_names(
+    what: Annotated[str, typer.Argument(help="probes, interventions, datasets, families or experiments.")],
+) -> None:
+    """What can be named in a configuration."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for name, text in _listing(what):
+        table.add_row(Text(name, style="bold"), Text(text))
+    out.print(table)
+
+
+def _listing(what: str) -> Iterator[tuple[str, str]]:
+    from slitlamp.experiments import places, registry
+    from slitlamp.experiments.datasets import dataset_names, load_dataset
+
+    if what in ("probes", "interventions"):
+        kind = what.removesuffix("s")
+        for name in registry.names(kind):
+            cls = registry.find(kind, name)
+            fields = ", ".join(f"{one.name}={one.default!r}" for one in dataclasses.fields(cls) if _has_default(one))
+            yield name, f"{(cls.__doc__ or '').strip().splitlines()[0]}\n({fields})"
+    elif what == "datasets":
+        for name in dataset_names():
+            data = load_dataset(name)
+            yield name, f"{data.task}: {len(data)} items on {len(data.images)} images"
+    elif what == "families":
+        from slitlamp.models import FAMILIES
+
+        for family in FAMILIES.values():
+            yield family.name, f"model_type {family.model_type!r}"
+    elif what == "experiments":
+        from slitlamp.experiments import read_config
+
+        for folder in places.data_folders("experiments")[:1]:
+            for path in sorted(folder.glob("*.yaml")):
+                yield path.stem, read_config(path).title or ""
+    else:
+        raise unknown("list", what, ("probes", "interventions", "datasets", "families", "experiments"))
+
+
+def _has_default(field: dataclasses.Field[object]) -> bool:
+    return field.init and field.default is not dataclasses.MISSING
+
+
+@app.command(name="train-organism")
+def train_organism(
+    output: Annotated[Path, typer.Option(help="Where checkpoints and the result are written.")] = Path("runs/organism"),
+    seed: Annotated[int, typer.Option(min=0, help="Of initialisation and scenes.")] = 0,
+    width: Annotated[int, typer.Option(min=16, help="Of the decoder; a multiple of 16.")] = 192,
+    steps: Annotated[int | None, typer.Option(min=3, help="Training steps in all; by default the full recipe.")] = None,
+) -> None:
+    """Train the embedded model anew; a training that was killed goes on where it stopped."""
+    from slitlamp.organism.training import TrainingConfig
+    from slitlamp.organism.training import train_organism as train
+
+    _silence_libraries()
+    try:
+        config = TrainingConfig(seed=seed, width=width)
+        final = train(output, config if steps is None else config.scaled(steps))
+    except ValueError as error:  # the embedded model's code depends on nothing of slitlamp, its errors included
+        err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        raise SystemExit(2) from None
+    out.print(Text.assemble("model: ", (str(final), "bold")), soft_wrap=True)
+
+
+def _silence_libraries() -> None:
+    """No progress bars of other libraries between ours."""
+    from transformers.utils import logging as transformers_logging
+
+    with contextlib.suppress(AttributeError):
+        transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    main()
