@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +11,7 @@ import zipfile
 from email.parser import Parser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import slitlamp
@@ -151,3 +153,32 @@ print([entry for entry in sys.path if entry == ROOT])
     assert len(lines) == 4
     for line in lines:
         assert Path(line).is_relative_to(environment), line
+
+
+def test_the_command_lists_what_the_wheel_carries(environment: Path, elsewhere: Path) -> None:
+    command = environment / "bin" / "slitlamp"
+    assert run(command, "--version", cwd=elsewhere).strip() == slitlamp.__version__
+    for what, name in (
+        ("probes", "HeadDivergence"),
+        ("interventions", "HeadReinforcement"),
+        ("datasets", "emoji_scenes/pope_adversarial"),
+        ("experiments", "demo"),
+    ):
+        lines = run(command, "list", what, cwd=elsewhere, COLUMNS="200").splitlines()
+        assert [line.split()[0] for line in lines if line.startswith(name)].count(name) == 1, lines
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_the_wheel(environment: Path, elsewhere: Path) -> None:
+    """Weights, data, configuration and templates come from the wheel, and everything written goes to the run folder."""
+    run(environment / "bin" / "slitlamp", "demo", "--quick", cwd=elsewhere)
+    assert [path.name for path in elsewhere.iterdir()] == ["runs"]
+    folder = elsewhere / "runs" / "demo-quick"
+    for name in ("config.yaml", "environment.json", "predictions.parquet"):
+        assert (folder / name).stat().st_size > 0
+    assert len(pd.read_parquet(folder / "tables" / "conditions.parquet")) > 0
+    assert {path.stem for path in (folder / "figures").glob("*.svg")} >= {"head_divergence", "pope", "chair"}
+    html = (folder / "report.html").read_text()
+    assert "HeadDivergence" in html
+    # Self-contained: no address is fetched when the report is opened.
+    assert not re.search(r"""(src|href)=["'](https?:)?//|url\(["']?(https?:)?//|@import""", html)
