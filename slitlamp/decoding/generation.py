@@ -9,7 +9,7 @@ from typing import Any
 from slitlamp.models.batch import Batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # it holds a batch
 class Generation:
     """Texts that a VLM generated.
 

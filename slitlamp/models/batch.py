@@ -15,7 +15,7 @@ from slitlamp.errors import InputError
 from slitlamp.models.patches import Patches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # comparing tensors has no single truth value
 class Batch:
     """Encoded prompts, padded on the left.
 

@@ -142,8 +142,16 @@ def _process(processor: Any, texts: list[str], images: list[Image]) -> Mapping[s
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("this processor's tokenizer has neither a padding nor an end token; set tokenizer.pad_token")
     options: dict[str, Any] = {"padding": len(texts) > 1, "padding_side": "left", "return_tensors": "pt"}
-    if tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token):
-        options["add_special_tokens"] = False  # the chat template has put it already
+    start = tokenizer.bos_token
+    has_start = [start is not None and text.startswith(start) for text in texts]
+    if any(has_start):
+        if not all(has_start):
+            odd = has_start.index(not has_start[0])
+            found = "has" if has_start[odd] else "lacks"
+            raise InputError(
+                f"prompt {odd} {found} the start token {start!r}, unlike prompt 0; write it in all or in none"
+            )
+        options["add_special_tokens"] = False  # the chat template, or the user, has put it already
     processed: Mapping[str, Any] = processor(text=texts, images=images or None, **options)
     return processed
 

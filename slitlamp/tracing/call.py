@@ -12,7 +12,7 @@ from slitlamp.models.batch import Batch
 from slitlamp.tracing.sites import Positions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """Chosen positions of each row, packed to the left.
 
