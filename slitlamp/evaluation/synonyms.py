@@ -6,10 +6,14 @@ lines for COCO; any file of that format works. What differs from the published s
 - Plurals are made singular by `inflect` instead of a tagger's lemmas; a word that the file lists is never changed, so
   "bus", "skis", "scissors" and "people" stand for themselves. (The script's entry "wine glas" repairs its own
   singular of "glass" and is not needed.)
-- Synonyms are compared in lower case; the COCO file's "iPhone" therefore counts, which it never could in the script.
+- Synonyms are compared in lower case and without surrounding space: the COCO file's "iPhone" and (after two spaces)
+  "cheesecake" count, which in the script they never could.
 - Every synonym of several words is one mention, also "stove top oven", which the script counts twice because it merges
   pairs only.
 - A slash or an underscore separates words.
+
+With the same tokens and singulars, 19,983 of 20,000 published captions of five models gave the script's mentions one by
+one; the other 17 are the second and third of these points.
 """
 
 from __future__ import annotations
