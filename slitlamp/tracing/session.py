@@ -169,7 +169,8 @@ class Recorder:
                 taken = reduce_axis(taken, None if queries.full else queries.valid, 2, site.reduce_queries)
             if site.reduce_heads is not None:
                 taken = reduce_axis(taken, None, 1, site.reduce_heads)
-            self._store(site, layer, taken, queries.valid)
+            valid = queries.valid if site.reduce_queries is None else queries.valid.any(dim=1, keepdim=True)
+            self._store(site, layer, taken, valid)
             self.trace.steps[-1].key_masks.setdefault(site.label, keys.valid)
 
         return record
