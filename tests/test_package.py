@@ -68,7 +68,8 @@ def test_a_hiding_package_is_named(tmp_path: Path, name: str, shape: str) -> Non
 def test_a_folder_without_init_hides_nothing(tmp_path: Path, name: str) -> None:
     """Python prefers a real package further down sys.path to a bare folder: no reason to refuse."""
     (tmp_path / name).mkdir()
-    done = run_python(f"import slitlamp, {name}; print({name}.__file__)", tmp_path)
+    code = f"import importlib.util, slitlamp; print(importlib.util.find_spec({name!r}).origin)"
+    done = run_python(code, tmp_path)
     assert done.stdout.strip() == str(HOME / name / "__init__.py"), done.stderr
 
 

@@ -155,17 +155,12 @@ print([entry for entry in sys.path if entry == ROOT])
         assert Path(line).is_relative_to(environment), line
 
 
-def test_the_command_lists_what_the_wheel_carries(environment: Path, elsewhere: Path) -> None:
+def test_the_command_finds_each_plug_in_once(environment: Path, elsewhere: Path) -> None:
+    """By entry point, and not a second time through the editable install in the borrowed folder."""
     command = environment / "bin" / "slitlamp"
     assert run(command, "--version", cwd=elsewhere).strip() == slitlamp.__version__
-    for what, name in (
-        ("probes", "HeadDivergence"),
-        ("interventions", "HeadReinforcement"),
-        ("datasets", "emoji_scenes/pope_adversarial"),
-        ("experiments", "demo"),
-    ):
-        lines = run(command, "list", what, cwd=elsewhere, COLUMNS="200").splitlines()
-        assert [line.split()[0] for line in lines if line.startswith(name)].count(name) == 1, lines
+    lines = run(command, "list", "probes", cwd=elsewhere, COLUMNS="200").splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("HeadDivergence")] == ["HeadDivergence"]
 
 
 @pytest.mark.slow
