@@ -1,0 +1,107 @@
+"""The figures of a run by name: how each is drawn, what is drawn, and what it shows in words."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from matplotlib.figure import Figure
+
+from slitlamp.errors import InputError, unknown
+from slitlamp.reports import compose, findings, notes, probe_findings
+from slitlamp.reports.data import RunData
+from slitlamp.reports.style import WIDE, style
+
+PNG_DPI: Final = 200
+Draw = Callable[[RunData, float], Figure | None]
+
+
+@dataclass(frozen=True)
+class RunFigure:
+    """A figure of a run: its title, how it is drawn (None: no data), its caption, and sentences on what it shows."""
+
+    title: str
+    draw: Draw
+    note: Callable[[RunData], str]
+    shows: Callable[[RunData], list[str]]
+
+
+FIGURES: Final[dict[str, RunFigure]] = {
+    "differences": RunFigure(
+        "What each condition changes", compose.differences, notes.differences, findings.control_findings
+    ),
+    "pope": RunFigure("POPE: yes/no questions", compose.pope, notes.pope, findings.pope_findings),
+    "chair": RunFigure("CHAIR: hallucinated objects in captions", compose.chair, notes.chair, findings.chair_findings),
+    "recall_curve": RunFigure(
+        "CHAIR at equal recall", compose.recall_curve, notes.recall_curve, findings.matched_findings
+    ),
+    "head_divergence": RunFigure(
+        "Which heads read the image",
+        compose.head_divergence,
+        notes.head_divergence,
+        probe_findings.head_figure_findings,
+    ),
+    "t_vhd_histogram": RunFigure(
+        "T-VHD of true and hallucinated objects",
+        compose.t_vhd_histogram,
+        notes.t_vhd_histogram,
+        probe_findings.t_vhd_figure_findings,
+    ),
+    "caption_words": RunFigure(
+        "One scene, word by word", compose.caption_words, notes.caption_words, probe_findings.scene_findings
+    ),
+    "mention_index": RunFigure(
+        "Hallucination by order of mention", compose.mention_index, notes.mention_index, findings.mention_findings
+    ),
+}
+"""Every figure that a run can have, in the order of the report."""
+
+
+def figure(run_folder: str | Path, name: str, *, width: float = WIDE) -> Figure:
+    """Draw one figure of a run from its tables.
+
+    Args:
+        run_folder: the folder of the run.
+        name: one of `FIGURES`.
+        width: in inches; panels are stacked where it is narrow.
+
+    Raises:
+        UnknownNameError: there is no such figure.
+        InputError: the run has no data for it.
+    """
+    if name not in FIGURES:
+        raise unknown("figure", name, FIGURES)
+    drawn = FIGURES[name].draw(RunData(Path(run_folder)), width)
+    if drawn is None:
+        available = ", ".join(figure_names(run_folder)) or "none"
+        raise InputError(f"the run {run_folder} has no data for the figure {name!r}; figures of this run: {available}")
+    return drawn
+
+
+def figure_names(run_folder: str | Path) -> list[str]:
+    """Names of the figures that a run has data for."""
+    data = RunData(Path(run_folder))
+    return [name for name, one in FIGURES.items() if one.draw(data, WIDE) is not None]
+
+
+def to_svg(drawn: Figure) -> bytes:
+    """The figure as SVG whose bytes depend on nothing but the figure: no date, fixed identifiers, letters as outlines."""
+    return _saved(drawn, "svg", {"Date": None, "Creator": None})
+
+
+def to_png(drawn: Figure, dpi: int = PNG_DPI) -> bytes:
+    """The figure as PNG without a software tag."""
+    return _saved(drawn, "png", {"Software": None}, dpi)
+
+
+def _saved(drawn: Figure, kind: str, metadata: dict[str, str | None], dpi: int = PNG_DPI) -> bytes:
+    buffer = io.BytesIO()
+    with style(), warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; the report has it as text.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        drawn.savefig(buffer, format=kind, metadata=metadata, dpi=dpi)
+    return buffer.getvalue()
