@@ -327,7 +327,7 @@ def world(rng, n_images, n_mentions):
     return GroundTruth(truth), pd.DataFrame(captions, columns=["image_id", "caption"])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10_000))
 def test_full_recall_gives_the_chair_of_full_captions_and_the_curve_is_monotone(seed):
     truth, captions = world(np.random.default_rng(seed), 12, 6)

@@ -99,7 +99,7 @@ def test_same_seed_same_interval_other_seed_another():
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 def test_bootstrap_covers_at_its_nominal_level(method):
     rng = np.random.default_rng(11)
-    experiments, clusters = 600, 120
+    experiments, clusters = 600, 60
     hits = 0
     for i in range(experiments):
         interval = cluster_bootstrap(counts(rng, clusters), share, n_resamples=400, seed=i, method=method)
@@ -113,7 +113,7 @@ def test_paired_bootstrap_rejects_a_true_null_at_its_level():
     rng = np.random.default_rng(12)
     experiments, rejected, covered = 600, 0, 0
     for i in range(experiments):
-        a, b = counts(rng, 120), counts(rng, 120)
+        a, b = counts(rng, 60), counts(rng, 60)
         interval = paired_bootstrap(a, b, share, n_resamples=400, seed=i)
         rejected += interval.p <= 0.05
         covered += interval.low <= 0 <= interval.high
