@@ -148,6 +148,7 @@ def parse_config(content: YamlFile, overrides: Sequence[str] = ()) -> Config:
     _spell_out(content.values)
     for assignment in overrides:
         content.set_value(assignment)
+        _spell_out(content.values)
     try:
         return Config.model_validate(content.values)
     except ValidationError as error:

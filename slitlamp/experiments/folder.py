@@ -93,7 +93,8 @@ class RunFolder:
         """The same for what is not in the configuration: data, weights, versions."""
         path = self.path / ENVIRONMENT
         if path.exists():
-            found = storage.read_json(path).get("identity", {})
+            known = storage.read_json(path)
+            found = {key: known[key] for key in identity if key in known}
             self._refuse(differences(found, _plain(identity)), "identity (data, weights, versions)")
 
     def _refuse(self, different: list[str], title: str) -> None:

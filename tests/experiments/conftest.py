@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import PIL.Image
@@ -18,7 +19,16 @@ from slitlamp.organism.scenes import make_scene
 from slitlamp.organism.tokenizer import SPECIAL, TOKEN_ID
 from slitlamp.vlm import VLM
 
-N_SCENES = 6
+N_SCENES = 4
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small run no faster on several threads, and bytes are compared between processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

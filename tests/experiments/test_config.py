@@ -47,9 +47,16 @@ def test_a_good_file() -> None:
 
 def test_overrides() -> None:
     config = read(
-        GOOD, "seed=7", "datasets.1.take=9", "conditions.vhr.0.HeadReinforcement.alpha=3", "model.id=a/b", "take=2"
+        GOOD,
+        "seed=7",
+        "datasets.1.take=9",
+        "conditions.vhr.0.HeadReinforcement.alpha=3",
+        "model=a/b",
+        "model.dtype=float32",
+        "take=2",
     )
     assert (config.seed, config.datasets[1].take, config.model.id, config.take) == (7, 9, "a/b", 2)
+    assert config.model.dtype == "float32"
     assert config.conditions["vhr"][0].parameters == {"alpha": 3}
 
 
@@ -110,7 +117,8 @@ def test_a_missing_file(tmp_path: Path) -> None:
         read_config(tmp_path / "none.yaml")
 
 
-def test_experiments_are_found_by_path_or_name(tmp_path: Path) -> None:
+def test_experiments_are_found_by_path_or_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "demo.yaml").write_text(GOOD)
     assert find_config("demo", [tmp_path]) == tmp_path / "demo.yaml"
     assert find_config("experiments/demo.yaml", [tmp_path]) == tmp_path / "demo.yaml"
