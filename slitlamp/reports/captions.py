@@ -39,14 +39,14 @@ def recall_curve(
         look, rows = styles[str(condition)], group.sort_values("cut")
         ax.plot(
             rows["recall"], rows["chair_i"], color=look.colour, linestyle=look.line, marker=look.marker, markersize=3.8,
-            markerfacecolor=look.face, markeredgewidth=0.9, linewidth=1.3, label=names.get(str(condition), str(condition)),
-            gid="curve",
+            markerfacecolor=look.face, markeredgewidth=0.9, linewidth=1.3,
+            label="_curve",
         )  # fmt: skip
         if {"low", "high"} <= set(rows.columns):
             ax.fill_between(
-                rows["recall"], rows["low"], rows["high"], color=look.colour, alpha=0.12, linewidth=0, gid="band"
+                rows["recall"], rows["low"], rows["high"], color=look.colour, alpha=0.12, linewidth=0, label="_band"
             )
-    reference_line(ax, matched, gid="matched")
+    reference_line(ax, matched, kind="matched")
     ax.set_ylim(bottom=0)
     ax.set_xlabel("recall (share of objects named)")
     ax.set_ylabel("CHAIR_i (share of mentions)")
@@ -81,13 +81,13 @@ def mention_index(
         banded = bands is None or str(condition) in bands
         if banded:
             ax.fill_between(
-                rows["index"], rows["low"], rows["high"], color=look.colour, alpha=0.15, linewidth=0, gid="band"
+                rows["index"], rows["low"], rows["high"], color=look.colour, alpha=0.15, linewidth=0, label="_band"
             )
         ax.plot(
             rows["index"], rows["value"], color=look.colour, linestyle=look.line, marker=look.marker,
-            markersize=5 if banded else 4, markerfacecolor=look.face, linewidth=1.7 if banded else 1.0, gid="curve",
+            markersize=5 if banded else 4, markerfacecolor=look.face, linewidth=1.7 if banded else 1.0, label="_curve",
         )  # fmt: skip
-    reference_line(ax, overall, "all mentions", horizontal=True, gid="overall")
+    reference_line(ax, overall, "all mentions", horizontal=True, kind="overall")
     first = shares[shares["condition"] == shares["condition"].iloc[0]].set_index("index")["n"]
     ticks = sorted(int(index) for index in shares["index"].unique())
     ax.set_xticks(ticks, labels=[f"{index}\n{int(first[index])}" if index in first else str(index) for index in ticks])

@@ -66,7 +66,8 @@ def pope(data: RunData, width: float) -> Figure | None:
         return None
     rows = table[table["dataset"].astype(str).isin(datasets)]
     shown = [name for name in POPE_METRICS if (rows["metric"] == name).any()]
-    tall = 0.85 + len(datasets) * (0.25 + 0.13 * len(data.condition_names))
+    row = 0.1 if is_narrow(width) else 0.12
+    tall = 0.85 + len(datasets) * (0.2 + row * len(data.condition_names))
     figure, axes = _panels(width, len(shown), tall, columns=1 if is_narrow(width) else len(shown), extra=0.5)
     for ax, name in zip(axes, shown, strict=True):
         conditions.pope_panel(rows, metric(name, "pope"), ax, styles=data.styles, names=data.short)

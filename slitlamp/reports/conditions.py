@@ -110,7 +110,7 @@ def pope_panel(
     for border in range(1, len(datasets)):
         ax.axhline(border - 0.5, color="#e6e6e6", linewidth=0.8, zorder=0)
     chance = math.nan if info.chance is None else info.chance
-    reference_line(ax, chance, info.chance_name, gid="chance")
+    reference_line(ax, chance, info.chance_name, kind="chance")
     category_axis(ax, [split_name(name) for name in datasets])
     pad_limits(ax, *_extremes(rows), include=(chance,))
     ax.xaxis.set_major_locator(_locator())
@@ -149,13 +149,13 @@ def differences_panel(
     for position, row in enumerate(rows.to_dict("records")):
         estimate = Estimate.of(row)
         interval_point(ax, position, estimate, styles[str(row["condition"])], strong=estimate.excludes(0.0))
-    reference_line(ax, 0.0, gid="zero")
+    reference_line(ax, 0.0, kind="zero")
     category_axis(ax, [names.get(str(name), str(name)) for name in rows["condition"]])
     pad_limits(ax, *_extremes(rows), include=(0.0,))
     ax.xaxis.set_major_locator(_locator())
     ax.set_title(title or info.label)
     better = {"lower": "← better", "higher": "better →"}.get(info.better, "")
-    ax.text(1, 1.03, better, transform=ax.transAxes, ha="right", va="bottom", fontsize=8, color=GREY, gid="better")
+    ax.text(1, 1.03, better, transform=ax.transAxes, ha="right", va="bottom", fontsize=8, color=GREY, label="_better")
     ax.set_xlabel(f"difference ({info.unit})" if info.unit else "difference")
     return ax
 

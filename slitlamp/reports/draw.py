@@ -33,21 +33,26 @@ def interval_point(
         ends, here = [estimate.low, estimate.high], [position, position]
         bar = (ends, here) if horizontal else (here, ends)
         ax.plot(
-            *bar, color=look.colour, linewidth=2.2 if strong else 1.1, solid_capstyle="butt", gid="interval", zorder=2
+            *bar,
+            color=look.colour,
+            linewidth=2.2 if strong else 1.1,
+            solid_capstyle="butt",
+            label="_interval",
+            zorder=2,
         )
     point = ([estimate.value], [position]) if horizontal else ([position], [estimate.value])
     ax.plot(
         *point, marker=look.marker, markersize=5.5, linestyle="none", color=look.colour,
-        markerfacecolor=look.face, markeredgecolor=look.colour, markeredgewidth=1.2, gid="value", zorder=3,
+        markerfacecolor=look.face, markeredgecolor=look.colour, markeredgewidth=1.2, label="_value", zorder=3,
     )  # fmt: skip
 
 
-def reference_line(ax: Axes, at: float, name: str = "", *, horizontal: bool = False, gid: str = "reference") -> None:
+def reference_line(ax: Axes, at: float, name: str = "", *, horizontal: bool = False, kind: str = "reference") -> None:
     """A thin dashed line for chance, zero or the reference, named at its end where there is a name."""
     if not math.isfinite(at):
         return
     draw = ax.axhline if horizontal else ax.axvline
-    draw(at, color=GREY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1, gid=gid)
+    draw(at, color=GREY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1, label=f"_{kind}")
     if not name:
         return
     if horizontal:

@@ -52,7 +52,7 @@ def head_map(heads: pd.DataFrame, ax: Axes | None = None) -> Axes:
     columns, rows = list(grid.columns), list(grid.index)
     x = np.array([columns.index(head) for head in high["head"]]) + (0.86 if annotate else 0.5)
     y = np.array([rows.index(layer) for layer in high["layer"]]) + (0.18 if annotate else 0.5)
-    ax.scatter(x, y, s=16 if annotate else 10, c="white", edgecolors="black", linewidths=0.9, gid="picked", zorder=4)
+    ax.scatter(x, y, s=16 if annotate else 10, c="white", edgecolors="black", linewidths=0.9, label="_picked", zorder=4)
     ax.tick_params(length=0)
     ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
     ax.set_xlabel("head")
@@ -82,16 +82,16 @@ def head_intervals(heads: pd.DataFrame, ax: Axes | None = None) -> Axes:
             rows["high"],
             colors=[BLUE if one else GREY for one in chosen],
             linewidth=1.2,
-            gid="interval",
+            label="_interval",
         )
         for kind, colour, face, marker in ((True, BLUE, BLUE, "o"), (False, GREY, "white", "v")):
             pick = chosen == kind
             ax.plot(
                 offsets[pick], rows["vhd"].to_numpy(dtype=np.float64)[pick], marker=marker, linestyle="none", color=colour,
-                markerfacecolor=face, markersize=4, gid="value",
+                markerfacecolor=face, markersize=4, label="_value",
             )  # fmt: skip
         ends, median = [position - 0.44, position + 0.44], float(rows["vhd"].median())
-        ax.plot(ends, [median, median], color=INK, linewidth=1.0, linestyle=(0, (3, 1.5)), gid="median")
+        ax.plot(ends, [median, median], color=INK, linewidth=1.0, linestyle=(0, (3, 1.5)), label="_median")
     ax.set_xticks(range(len(layers)), labels=[str(layer) for layer in layers])
     ax.xaxis.set_major_locator(
         ax.xaxis.get_major_locator() if len(layers) <= 16 else MaxNLocator(nbins=10, integer=True)
@@ -127,10 +127,10 @@ def t_vhd_histogram(
         top = max(top, float(share.max()))
         ax.stairs(
             share, edges, fill=True, facecolor=(*_rgb(TOKEN_COLOURS[label]), 0.14), edgecolor=TOKEN_COLOURS[label],
-            hatch=TOKEN_HATCHES[label], linewidth=0, gid="fill",
+            hatch=TOKEN_HATCHES[label], linewidth=0, label="_fill",
         )  # fmt: skip
         ax.stairs(
-            share, edges, color=TOKEN_COLOURS[label], linestyle=TOKEN_LINES[label], linewidth=1.7, gid="histogram",
+            share, edges, color=TOKEN_COLOURS[label], linestyle=TOKEN_LINES[label], linewidth=1.7,
             label=f"{TOKEN_NAMES[label]}, {count(len(values), 'word')}",
         )  # fmt: skip
     rows = {} if means is None else {str(row["label"]): row for row in means.to_dict("records")}
@@ -138,9 +138,9 @@ def t_vhd_histogram(
         row, height = rows[label], top * (1.08 + 0.07 * i)
         if not math.isfinite(float(row["mean"])):
             continue
-        ax.plot([row["low"], row["high"]], [height] * 2, color=TOKEN_COLOURS[label], linewidth=2.2, gid="interval")
+        ax.plot([row["low"], row["high"]], [height] * 2, color=TOKEN_COLOURS[label], linewidth=2.2, label="_interval")
         ax.plot(
-            row["mean"], height, marker="|", markersize=9, markeredgewidth=2, color=TOKEN_COLOURS[label], gid="mean"
+            row["mean"], height, marker="|", markersize=9, markeredgewidth=2, color=TOKEN_COLOURS[label], label="_mean"
         )
     ax.set_ylim(0, (top or 1.0) * (1.15 + 0.07 * len(rows)))
     ax.set_xlabel("T-VHD of the word (sum of L2 distances)")

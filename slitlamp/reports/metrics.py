@@ -103,46 +103,38 @@ DEFINITIONS: Final = {
     "POPE": (
         "POPE asks yes/no questions (“Is there a dog in the image?”), half of them about objects that are not there: "
         "absent objects are drawn at random, from the most popular ones, or (adversarial) from those that usually "
-        "appear "
-        "together with what the image does show."
+        "appear together with what the image does show."
     ),
     "CHAIR": (
         "CHAIR counts hallucinated objects in free captions: CHAIR_i is the share of named objects that are not in the "
         "image, CHAIR_s the share of captions with at least one such object, and recall says how many of the true "
-        "objects "
-        "were named."
+        "objects were named."
     ),
     "VHD": (
         "VHD (vision-aware head divergence) is how far the output of an attention head moves (L2 distance) when the "
-        "image is "
-        "taken away and the words so far are kept: heads with a high VHD read the image, heads with a low VHD read the "
-        "text."
+        "image is taken away and the words so far are kept: heads with a high VHD read the image, heads with a low VHD "
+        "read the text."
     ),
     "T-VHD": (
         "T-VHD of a word is the sum of VHD, at the moment of writing that word, over the most divergent heads of every "
-        "layer: "
-        "a high T-VHD says that the word was written with the image in view."
+        "layer: a high T-VHD says that the word was written with the image in view."
     ),
     "VHR": (
         "VHR (vision-aware head reinforcement) multiplies the outputs of the half of the heads with the highest VHD, "
-        "chosen "
-        "anew for every prompt, so that what they read in the image weighs more."
+        "chosen anew for every prompt, so that what they read in the image weighs more."
     ),
     "matched recall": (
         "A model that names fewer objects hallucinates fewer; so all conditions are also compared at the same recall: "
-        "every "
-        "caption is cut after its k-th mention, with k such that all conditions name the same share of the true "
+        "every caption is cut after its k-th mention, with k such that all conditions name the same share of the true "
         "objects."
     ),
     "control": (
         "A control makes an equally large change that does not use the idea under test (here: the same number of "
-        "heads, "
-        "chosen at random); only what goes beyond it speaks for the idea."
+        "heads, chosen at random); only what goes beyond it speaks for the idea."
     ),
     "interval": (
         "Brackets hold {level} intervals from a bootstrap over images; differences are paired (the same images on both "
-        "sides). "
-        "A difference whose interval contains zero is not a finding."
+        "sides). A difference whose interval contains zero is not a finding."
     ),
 }
 """One sentence for each term of the report, for a reader who has never met it."""

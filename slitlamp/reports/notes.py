@@ -33,9 +33,8 @@ def head_divergence(data: RunData) -> str:
         n = f" n = {count(int(table['n_items'].max()), 'caption')}."
     return (
         "Mean VHD of every attention head at the first generated word, and the same numbers layer by layer with "
-        f"{data.level} intervals by "
-        "image; dashed: the median of the layer. A ring in the map, and a filled dot, mark the heads that "
-        "reinforcement would pick in "
+        f"{data.level} intervals by image; dashed: the median of the layer. A ring in the map, and a filled dot, mark "
+        "the heads that reinforcement would pick in "
         "at least half of the images." + n
     )
 
@@ -58,8 +57,7 @@ def t_vhd_histogram(data: RunData) -> str:
     items = f" in {count(known['item'].nunique(), 'caption')}" if "item" in known.columns else ""
     return (
         f"T-VHD (sum over the top {k} heads of each layer) by kind of word, each kind as shares of its own words; the "
-        "bars above "
-        f"are means with {data.level} intervals. If T-VHD told nothing, the histograms would coincide. n = "
+        f"bars above are means with {data.level} intervals. If T-VHD told nothing, the histograms would coincide. n = "
         f"{join(sizes)}{items}."
     )
 
@@ -72,8 +70,7 @@ def pope(data: RunData) -> str:
     n = n_text(None if table is None else table[table["dataset"].astype(str).isin(one_split)])
     return (
         f"POPE by split and condition, with {data.level} intervals by image. Dashed: the accuracy of guessing, the F1 "
-        "of always saying yes, "
-        f"the true share of yes.{f' {n} per split.' if n else ''}"
+        f"of always saying yes, the true share of yes.{f' {n} per split.' if n else ''}"
     )
 
 
@@ -91,9 +88,8 @@ def differences(data: RunData) -> str:
     reference = findings.quoted(str(data.reference))
     return (
         f"Paired differences to {reference} on the same images, with {data.level} intervals; dashed: no difference. "
-        "Thick bars exclude zero, "
-        "thin bars do not; white markers are controls. The intervals are not corrected for the number of comparisons."
-        + (f" {n}." if n else "")
+        "Thick bars exclude zero, thin bars do not; white markers are controls. The intervals are not corrected for "
+        "the number of comparisons." + (f" {n}." if n else "")
     )
 
 
@@ -101,10 +97,9 @@ def recall_curve(data: RunData) -> str:
     """Caption of CHAIR_i against recall."""
     return _of_captions(
         data,
-        "CHAIR_i against recall when every caption is cut after its first, second, ... mention; lower right is better. "
-        "Dashed: the "
-        f"recall that all conditions reach; beside or below, CHAIR_i there with {data.level} intervals (dashed: the "
-        "reference).",
+        "CHAIR_i against recall when every caption is cut after its first, second, ... mention; lower right is "
+        f"better. Dashed: the recall that all conditions reach; beside or below, CHAIR_i there with {data.level} "
+        "intervals (dashed: the reference).",
     )
 
 
@@ -113,9 +108,8 @@ def mention_index(data: RunData) -> str:
     reference = findings.quoted(str(data.reference))
     text = (
         f"CHAIR_i of the first, second, ... object that a caption names, with {data.level} bands by image (controls "
-        "without); dashed: all mentions "
-        f"of {reference}. n under the axis counts its mentions; orders with fewer than {summaries.MIN_MENTIONS} "
-        "mentions are left out."
+        f"without); dashed: all mentions of {reference}. n under the axis counts its mentions; orders with fewer than "
+        f"{summaries.MIN_MENTIONS} mentions are left out."
     )
     return _of_captions(data, text)
 
@@ -128,15 +122,22 @@ def caption_words(data: RunData) -> str:
     one = scenes[0]
     text = f"One scene, captioned under {findings.quoted(one.condition)}." if one.condition else "One captioned scene."
     if not one.attention.empty:
-        others = f"; in brackets the same for the {count(one.heads(False), 'other head')}" if one.heads(False) else ""
+        chosen, rest = (_heads(one, kind) for kind in (True, False))
+        others = f"; in brackets the same for {rest} of these layers" if rest else ""
         text += (
-            f" Spotlights: attention of the {count(one.heads(), 'chosen head')} (mean), while the word above was "
-            "predicted, over the image; the "
+            f" Spotlights: mean attention of {chosen}, while the word above was predicted, over the image; the "
             f"brightest patch has the most. Below: the share of all their attention that is on the image{others}. ✗ is "
-            "a hallucinated object. "
-            "n = 1 caption: an illustration, no evidence."
+            "a hallucinated object. n = 1 caption: an illustration, no evidence."
         )
     return text
+
+
+def _heads(one: showcase.Scene, chosen: bool) -> str:
+    """How many heads reinforcement picks (or not) in a scene, as text; empty where there are none."""
+    n, noun = one.heads(chosen), "head picked by reinforcement" if chosen else "other head"
+    if (one.attention["layer"] < 0).any():
+        return f"the {noun.replace('head', 'heads')}" if n else ""
+    return f"the {count(n, noun, noun.replace('head', 'heads'))}" if n else ""
 
 
 def _of_captions(data: RunData, text: str) -> str:

@@ -164,9 +164,8 @@ def scene_sentences(scene: Scene) -> list[str]:
         )
         sentences.append(
             sentence(
-                f"while naming objects the chosen heads put {number(chosen, 2)} of their attention on the image, "
-                f"{relation} the other heads "
-                f"({number(others, 2)})"
+                f"while naming objects the heads picked by reinforcement put {number(chosen, 2)} of their attention on "
+                f"the image, {relation} the other heads ({number(others, 2)})"
             )
         )
     return sentences

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -17,7 +18,7 @@ from slitlamp.reports import compose, findings, tables
 from slitlamp.reports.data import RunData
 from slitlamp.reports.figures import FIGURES, RunFigure, to_png, to_svg
 from slitlamp.reports.metrics import DEFINITIONS, METRICS, is_pope, split_name
-from slitlamp.reports.showcase import read_scenes
+from slitlamp.reports.showcase import Scene, read_scenes
 from slitlamp.reports.style import NARROW, WIDE
 from slitlamp.reports.wording import count
 from slitlamp.reports.words import coloured_words, words_legend
@@ -46,7 +47,7 @@ class Section:
     size: tuple[int, int] = (0, 0)
     note: str = ""
     shows: list[str] = field(default_factory=list)
-    scene: dict[str, Any] | None = None
+    scenes: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -77,7 +78,7 @@ def _section(data: RunData, name: str, one: RunFigure) -> Section | None:
     section = Section(name, one.title, terms, note=one.note(data), shows=one.shows(data))
     draw = one.draw
     if name == "caption_words":
-        section.scene = _scene(data)
+        section.scenes = [_scene(one) for one in read_scenes(data)]
         draw = compose.attention_maps
         maps = draw(data, WIDE)
         if maps is None:
@@ -110,16 +111,10 @@ def _gloss(data: RunData) -> str:
     return " ".join(parts)
 
 
-def _scene(data: RunData) -> dict[str, Any] | None:
-    """The first scene of the showcase for the template."""
-    scenes = read_scenes(data)
-    if not scenes:
-        return None
-    one = scenes[0]
+def _scene(one: Scene) -> dict[str, Any]:
+    """A scene of the showcase for the template."""
     picture = ""
     if one.image is not None:
-        import io
-
         buffer = io.BytesIO()
         one.image.save(buffer, format="PNG")
         picture = _uri(buffer.getvalue(), "image/png")
@@ -196,13 +191,11 @@ def _metrics(data: RunData) -> list[tuple[str, str]]:
 def _limits(data: RunData) -> list[str]:
     """What the numbers of this run cannot say."""
     limits = [
-        f"Intervals are {data.level} percentile bootstraps over whole images (questions and mentions of one image stay "
-        "together). They say how "
-        "much the numbers would move with other images of the same kind; they say nothing about other models, prompts "
-        "or data.",
+        f"Intervals are {data.level} percentile bootstraps over whole images (questions and mentions of one image "
+        "stay together). They say how much the numbers would move with other images of the same kind; they say "
+        "nothing about other models, prompts or data.",
         "Differences are paired: both sides see the same images. They are not corrected for the number of comparisons "
-        "on this page; read "
-        "one of many that just excludes zero with care.",
+        "on this page; read one of many that just excludes zero with care.",
     ]
     if data.fact("seed") is not None or "seed" in data.config:
         limits.append("This is one run with one seed of one model.")
@@ -214,21 +207,19 @@ def _limits(data: RunData) -> list[str]:
     if findings.pope_datasets(data) and any(is_pope(name) for name in findings.pope_datasets(data)):
         limits.append(
             "POPE answers are read by the official rule (everything that is not no, No or not in the first sentence "
-            "counts as yes); the strict "
-            "reading stands in the table pope_strict. A yes/no question is an easier task than a caption, and "
-            "agreement is not understanding."
+            "counts as yes); the strict reading stands in the table pope_strict. A yes/no question is an easier task "
+            "than a caption, and agreement is not understanding."
         )
     if findings.caption_datasets(data):
         limits.append(
             "CHAIR knows only the objects on its list and their synonyms. A low CHAIR_i with a low recall is no "
-            "success: see the comparison at "
-            "equal recall."
+            "success: see the comparison at equal recall."
         )
     if data.probe_table("heads", "layer", "head", "vhd") is not None:
         limits.append(
             "VHD compares with a run without the image; how the image is removed, and at which word VHD is measured, "
-            "changes the ranking of "
-            "heads. VHD and T-VHD are correlates: a high value does not show that a head causes the word."
+            "changes the ranking of heads. VHD and T-VHD are correlates: a high value does not show that a head causes "
+            "the word."
         )
     return limits
 

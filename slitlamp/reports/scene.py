@@ -87,7 +87,7 @@ def words_panel(words: pd.DataFrame, ax: Axes | None = None, *, value: str = "t_
         background, ink = scale.colours(float(row[value])) if known else ("none", "#1a1a1a")
         if known:
             ax.add_patch(_box(x - 1.5, y - size * 1.05, length + 3, size * 1.5, background))
-        ax.text(x, y, text, fontproperties=font, color=ink, ha="left", va="baseline", gid="word")
+        ax.text(x, y, text, fontproperties=font, color=ink, ha="left", va="baseline", label="_word")
         if kind in ("object", "hallucinated"):
             under, style = y + size * 0.6, "-" if kind == "object" else (0, (1.5, 1.2))
             ax.plot(
@@ -96,7 +96,7 @@ def words_panel(words: pd.DataFrame, ax: Axes | None = None, *, value: str = "t_
                 color=TOKEN_COLOURS[kind],
                 linewidth=1.6,
                 linestyle=style,
-                gid=f"mark_{kind}",
+                label=f"_mark_{kind}",
             )
         x += length + gap
     ax.set_xlim(0, width)
@@ -188,4 +188,4 @@ def _length(text: str, font: FontProperties) -> float:
 
 
 def _box(x: float, y: float, width: float, height: float, colour: str) -> Rectangle:
-    return Rectangle((x, y), width, height, facecolor=colour, edgecolor="none", gid="background")
+    return Rectangle((x, y), width, height, facecolor=colour, edgecolor="none", label="_background")

@@ -60,8 +60,7 @@ def headline_table(data: RunData) -> Table | None:
     arrows = {"lower": " ↓", "higher": " ↑"}
     table = Table(
         f"Conditions: value [{data.level} interval], and below it the paired difference Δ to “{data.reference}” (bold "
-        "where its "
-        "interval excludes zero). ↓ lower is better, ↑ higher is better.",
+        "where its interval excludes zero). ↓ lower is better, ↑ higher is better.",
         ["condition", *(head + arrows.get(info.better, "") for _, info, head in columns)],
     )
     for name in data.condition_names:

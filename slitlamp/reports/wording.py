@@ -157,8 +157,7 @@ def beyond_control(
     if not direct.direction:
         return (
             f"{first}; the difference between the two, {shown}, is not distinguishable from zero: this run does not "
-            "show that "
-            f"{subject} does more to {measure} than {control}"
+            f"show that {subject} does more to {measure} than {control}"
         )
     lower = direct.direction == "down"
     relation = "lower" if lower else "higher"

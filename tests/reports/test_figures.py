@@ -19,8 +19,8 @@ from slitlamp.reports.showcase import read_scenes
 from slitlamp.reports.style import MAP, NARROW, WIDE, WORDS, condition_styles, contrast_ink, new_figure, short_names
 
 
-def with_gid(ax: Axes, gid: str) -> list[matplotlib.artist.Artist]:
-    return [artist for artist in ax.get_children() if artist.get_gid() == gid]
+def labelled(ax: Axes, label: str) -> list[matplotlib.artist.Artist]:
+    return [artist for artist in ax.get_children() if artist.get_label() == f"_{label}"]
 
 
 def table(run: Path, name: str) -> pd.DataFrame:
@@ -35,12 +35,12 @@ def scores(demo_run: Path) -> pd.DataFrame:
 def test_conditions_panel_draws_the_values_of_the_table(scores: pd.DataFrame) -> None:
     rows = scores[scores["metric"] == "chair_i"]
     ax = conditions.conditions_panel(scores, "chair_i", reference="baseline")
-    values = with_gid(ax, "value")
+    values = labelled(ax, "value")
     assert [float(one.get_xdata()[0]) for one in values] == pytest.approx(list(rows["value"]))
     assert [float(one.get_ydata()[0]) for one in values] == [0, 1, 2, 3, 4]
-    bars = [tuple(one.get_xdata()) for one in with_gid(ax, "interval")]
+    bars = [tuple(one.get_xdata()) for one in labelled(ax, "interval")]
     assert bars == [pytest.approx(pair) for pair in zip(rows["low"], rows["high"], strict=True)]
-    (line,) = with_gid(ax, "reference")
+    (line,) = labelled(ax, "reference")
     assert line.get_xdata()[0] == pytest.approx(0.242)
     assert [label.get_text() for label in ax.get_yticklabels()] == list(rows["condition"])
     low, high = ax.get_xlim()
@@ -54,8 +54,8 @@ def test_missing_values_and_intervals_are_left_out(scores: pd.DataFrame) -> None
     rows.loc[1, ["value", "low", "high"]] = np.nan
     rows.loc[2, ["low", "high"]] = np.nan
     ax = conditions.conditions_panel(rows, "chair_i")
-    assert len(with_gid(ax, "value")) == 4
-    assert len(with_gid(ax, "interval")) == 3
+    assert len(labelled(ax, "value")) == 4
+    assert len(labelled(ax, "interval")) == 3
     assert len(ax.get_yticklabels()) == 5
     nothing = rows.assign(value=np.nan, low=np.nan, high=np.nan)
     assert np.isfinite(conditions.conditions_panel(nothing, "chair_i").get_xlim()).all()
@@ -65,11 +65,11 @@ def test_missing_values_and_intervals_are_left_out(scores: pd.DataFrame) -> None
 def test_pope_panel_has_the_line_of_chance_inside_its_limits(scores: pd.DataFrame, measure: str, chance: float) -> None:
     rows = scores[scores["dataset"].str.contains("pope")]
     ax = conditions.pope_panel(rows, measure)
-    (line,) = with_gid(ax, "chance")
+    (line,) = labelled(ax, "chance")
     assert line.get_xdata()[0] == pytest.approx(chance)
     assert ax.get_xlim()[0] < chance < ax.get_xlim()[1]
     expected = sorted(rows.loc[rows["metric"] == measure, "value"])
-    assert sorted(float(one.get_xdata()[0]) for one in with_gid(ax, "value")) == pytest.approx(expected)
+    assert sorted(float(one.get_xdata()[0]) for one in labelled(ax, "value")) == pytest.approx(expected)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["random", "popular", "adversarial", "all"]
 
 
@@ -77,14 +77,14 @@ def test_differences_panel_has_zero_and_thick_bars_where_it_is_excluded(demo_run
     rows = table(demo_run, "differences")
     rows = rows[(rows["reference"] == "baseline") & (rows["dataset"] == "emoji_scenes/captions")]
     ax = conditions.differences_panel(rows, "chair_i")
-    (zero,) = with_gid(ax, "zero")
+    (zero,) = labelled(ax, "zero")
     assert zero.get_xdata()[0] == 0
     assert ax.get_xlim()[0] < 0 < ax.get_xlim()[1]
     drawn = rows[rows["metric"] == "chair_i"]
     excluded = ((drawn["low"] > 0) | (drawn["high"] < 0)).tolist()
-    assert [bar.get_linewidth() > 2 for bar in with_gid(ax, "interval")] == excluded
+    assert [bar.get_linewidth() > 2 for bar in labelled(ax, "interval")] == excluded
     assert 0 < sum(excluded) < len(excluded)
-    (better,) = with_gid(ax, "better")
+    (better,) = labelled(ax, "better")
     assert better.get_text() == "← better"
 
 
@@ -93,7 +93,7 @@ def test_head_map_holds_every_head_and_marks_those_that_are_picked(demo_run: Pat
     ax = heads.head_map(rows)
     grid = np.asarray(ax.collections[0].get_array()).reshape(6, 8)
     assert grid == pytest.approx(rows["vhd"].to_numpy().reshape(6, 8))
-    (marks,) = with_gid(ax, "picked")
+    (marks,) = labelled(ax, "picked")
     assert len(marks.get_offsets()) == (rows["selected"] >= 0.5).sum() == 24
     column, row = np.floor(np.asarray(marks.get_offsets())).astype(int).T
     assert set(zip(row, column, strict=True)) == {(r.layer, r.head) for r in rows[rows["selected"] >= 0.5].itertuples()}
@@ -103,9 +103,9 @@ def test_head_map_holds_every_head_and_marks_those_that_are_picked(demo_run: Pat
 def test_head_intervals_hold_every_head_and_the_median_of_every_layer(demo_run: Path) -> None:
     rows = table(demo_run, "head_divergence_heads")
     ax = heads.head_intervals(rows)
-    drawn = np.concatenate([np.asarray(one.get_ydata(), float) for one in with_gid(ax, "value")])
+    drawn = np.concatenate([np.asarray(one.get_ydata(), float) for one in labelled(ax, "value")])
     assert np.sort(drawn) == pytest.approx(np.sort(rows["vhd"]))
-    medians = [float(one.get_ydata()[0]) for one in with_gid(ax, "median")]
+    medians = [float(one.get_ydata()[0]) for one in labelled(ax, "median")]
     assert medians == pytest.approx(list(rows.groupby("layer")["vhd"].median()))
 
 
@@ -113,10 +113,10 @@ def test_t_vhd_histogram_shows_shares_that_sum_to_one(demo_run: Path) -> None:
     tokens, means = table(demo_run, "head_divergence_tokens"), table(demo_run, "head_divergence_t_vhd")
     tokens.loc[0, "t_vhd_4"] = np.nan
     ax = heads.t_vhd_histogram(tokens, "t_vhd_4", means[means["k"] == 4])
-    patches = [patch for patch in ax.patches if patch.get_gid() == "histogram"]
+    patches = list(ax.get_legend_handles_labels()[0])
     assert [patch.get_data().values.sum() for patch in patches] == pytest.approx([1, 1, 1])
     assert len({str(patch.get_linestyle()) for patch in patches}) == 3
-    drawn = sorted(float(one.get_xdata()[0]) for one in with_gid(ax, "mean"))
+    drawn = sorted(float(one.get_xdata()[0]) for one in labelled(ax, "mean"))
     assert drawn == pytest.approx(sorted(means.loc[means["k"] == 4, "mean"]))
     labels = ax.get_legend_handles_labels()[1]
     assert any(label.startswith("hallucinated object, ") for label in labels)
@@ -125,12 +125,12 @@ def test_t_vhd_histogram_shows_shares_that_sum_to_one(demo_run: Path) -> None:
 def test_recall_curve_draws_every_condition_and_the_matched_recall(demo_run: Path) -> None:
     rows = table(demo_run, "recall_curve").dropna()
     ax = captions.recall_curve(rows, matched=0.654)
-    curves = with_gid(ax, "curve")
+    curves = labelled(ax, "curve")
     assert len(curves) == 5
     first = rows[rows["condition"] == "baseline"]
     assert np.asarray(curves[0].get_xdata()) == pytest.approx(first["recall"].to_numpy())
     assert np.asarray(curves[0].get_ydata()) == pytest.approx(first["chair_i"].to_numpy())
-    assert with_gid(ax, "matched")[0].get_xdata()[0] == 0.654
+    assert labelled(ax, "matched")[0].get_xdata()[0] == 0.654
     assert ax.get_ylim()[0] == 0
 
 
@@ -138,11 +138,11 @@ def test_mention_index_draws_shares_bands_and_the_overall_level(demo_run: Path) 
     mentions = table(demo_run, "chair_mentions")
     shares = summaries.mention_index_shares(mentions)
     ax = captions.mention_index(shares, overall=0.242, bands=("baseline",))
-    assert len(with_gid(ax, "curve")) == 5
-    assert len(with_gid(ax, "band")) == 1
-    assert with_gid(ax, "overall")[0].get_ydata()[0] == 0.242
+    assert len(labelled(ax, "curve")) == 5
+    assert len(labelled(ax, "band")) == 1
+    assert labelled(ax, "overall")[0].get_ydata()[0] == 0.242
     base = mentions[mentions["condition"] == "baseline"].groupby("index")["hallucinated"].mean()
-    assert np.asarray(with_gid(ax, "curve")[0].get_ydata()) == pytest.approx(base.to_numpy())
+    assert np.asarray(labelled(ax, "curve")[0].get_ydata()) == pytest.approx(base.to_numpy())
     assert ax.get_ylim()[0] == 0
     n = mentions[(mentions["condition"] == "baseline") & (mentions["index"] == 1)]
     assert ax.get_xticklabels()[0].get_text() == f"1\n{len(n)}"
@@ -180,12 +180,12 @@ def test_attention_lights_the_patch_that_has_it() -> None:
 def test_words_panel_writes_every_word_and_colours_those_with_a_value(demo_run: Path) -> None:
     one = read_scenes(RunData(demo_run))[0]
     ax = scene.words_panel(one.words)
-    assert [text.get_text().removesuffix(" ✗") for text in with_gid(ax, "word")] == list(one.words["word"])
-    assert len([patch for patch in ax.patches if patch.get_gid() == "background"]) == one.words["t_vhd"].notna().sum()
-    assert len(with_gid(ax, "mark_hallucinated")) == 1
-    assert len(with_gid(ax, "mark_object")) == 2
+    assert [text.get_text().removesuffix(" ✗") for text in labelled(ax, "word")] == list(one.words["word"])
+    assert len(labelled(ax, "background")) == one.words["t_vhd"].notna().sum()
+    assert len(labelled(ax, "mark_hallucinated")) == 1
+    assert len(labelled(ax, "mark_object")) == 2
     right = ax.get_xlim()[1]
-    assert all(text.get_position()[0] < right for text in with_gid(ax, "word"))
+    assert all(text.get_position()[0] < right for text in labelled(ax, "word"))
 
 
 def test_caption_words_has_a_map_for_every_named_object(demo_run: Path) -> None:

@@ -158,14 +158,23 @@ def test_all_that_others_wrote_is_escaped(make_run: Callable[..., Path]) -> None
     ("names", "without", "absent", "present"),
     [
         (("baseline",), (), ["differences"], ["chair", "pope"]),
-        (("baseline", "vhr"), ("head_divergence", "showcase"), ["head_divergence", "t_vhd_histogram", "caption_words"], ["chair"]),
+        (
+            ("baseline", "vhr"),
+            ("head_divergence", "showcase"),
+            ["head_divergence", "t_vhd_histogram", "caption_words"],
+            ["chair"],
+        ),
         (("baseline", "vhr"), ("chair", "recall", "matched", "showcase"), ["mention_index", "recall_curve"], ["pope"]),
         (("baseline", "vhr"), ("conditions", "differences"), ["chair", "pope", "differences"], ["recall_curve"]),
         (("baseline", "vhr"), ("",), list(FIGURES), []),
     ],
 )
 def test_a_run_without_some_of_the_data(
-    make_run: Callable[..., Path], names: tuple[str, ...], without: tuple[str, ...], absent: list[str], present: list[str]
+    make_run: Callable[..., Path],
+    names: tuple[str, ...],
+    without: tuple[str, ...],
+    absent: list[str],
+    present: list[str],
 ) -> None:
     run = make_run(names, without)
     _, parsed = read(run)
@@ -208,7 +217,7 @@ def test_images_outside_of_the_run_folder_are_not_read(make_run: Callable[..., P
 def test_what_is_no_run_folder_is_refused(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     with pytest.raises(RunFolderError, match="no run folder"):
         write_report(tmp_path / "nothing")
-    with pytest.raises(RunFolderError, match="neither tables/ nor config.yaml"):
+    with pytest.raises(RunFolderError, match=r"neither tables/ nor config\.yaml"):
         write_report(tmp_path)
     run = make_run()
     (run / "tables" / "conditions.parquet").write_bytes(b"no parquet")
