@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.batch import Batch
-from slitlamp.tracing.sites import Positions
+from slitlamp.tracing.sites import Positions, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,21 @@ class Calls:
 
     @property
     def is_prefill(self) -> bool:
-        """Whether the current call runs over the prompt."""
-        return self.number == 0
+        """Whether the current call runs over the prompt, or is about to: `generate` may run the vision tower before it."""
+        return self.number <= 0
+
+    def check(self, site: Site) -> None:
+        """Refuse a site whose position mask does not fit the batch.
+
+        Raises:
+            InputError: a mask of another shape.
+        """
+        shape = (self.batch.size, self.batch.length)
+        for positions in (site.positions, site.queries, site.keys):
+            if isinstance(positions, Tensor) and tuple(positions.shape) != shape:
+                raise InputError(
+                    f"{site.label}: a position mask of shape {list(positions.shape)} for a batch of shape {list(shape)}"
+                )
 
     def begin(self, input_ids: Tensor | None) -> None:
         """A forward call of the whole model starts on these ids [batch, position].
@@ -96,7 +109,10 @@ class Calls:
         return self._cache[key]
 
     def select_keys(self, positions: Positions) -> Selection | None:
-        """The chosen key positions of the current call: those of the prompt and of the tokens fed back so far."""
+        """The chosen key positions of the current call: those of the prompt and of the tokens fed back so far.
+
+        "last" is the token that the call runs over.
+        """
         if self.is_prefill:
             return self.select(positions)
         key = (
@@ -104,14 +120,11 @@ class Calls:
             0 if isinstance(positions, str) else id(positions),
         )
         if key not in self._cache:
-            if isinstance(positions, str) and positions in ("last", "before_generated"):
-                raise InputError(
-                    f"keys={positions!r} has no meaning in a decode step; choose 'image', 'text', 'all' or a mask"
-                )
             prompt = self._prefill_mask(positions)
-            fed = torch.stack(self._fed, dim=1)
-            if not self._counts_generated(positions):
-                fed = torch.zeros_like(fed)
+            fed = torch.stack(self._fed, dim=1) & self._counts_generated(positions)
+            if isinstance(positions, str) and positions == "last":
+                prompt = torch.zeros_like(prompt)
+                fed[:, :-1] = False
             mask = torch.cat([prompt, fed], dim=1)
             self._cache[key] = Selection.of(mask) if bool(mask.any()) else None
         return self._cache[key]
@@ -119,11 +132,6 @@ class Calls:
     def _prefill_mask(self, positions: Positions) -> Tensor:
         batch = self.batch
         if isinstance(positions, Tensor):
-            if tuple(positions.shape) != (batch.size, batch.length):
-                raise InputError(
-                    f"a position mask of shape {list(positions.shape)} for a batch of shape "
-                    f"{[batch.size, batch.length]}"
-                )
             return positions.to(batch.device) & batch.real_mask
         if positions == "last":
             mask = torch.zeros_like(batch.image_mask)
@@ -140,12 +148,14 @@ class Calls:
         return masks[positions]()
 
     def _decode_mask(self, positions: Positions) -> Tensor:
-        alive = self._fed[-1][:, None]
-        return alive if self._counts_generated(positions) else torch.zeros_like(alive)
+        return self._fed[-1][:, None] & self._counts_generated(positions)
 
-    def _counts_generated(self, positions: Positions) -> bool:
-        """Whether a token that was fed back is among the positions."""
-        return isinstance(positions, str) and positions != "image"
+    def _counts_generated(self, positions: Positions) -> Tensor:
+        """bool [batch, 1]: whether a token that was fed back is among the positions."""
+        if isinstance(positions, str) and positions == "text_after_image":
+            return self.batch.image_mask.any(dim=1, keepdim=True)
+        counts = isinstance(positions, str) and positions != "image"
+        return torch.full((self.batch.size, 1), counts, device=self.batch.device)
 
 
 def vision_selection(

@@ -16,7 +16,7 @@ from slitlamp.models.batch import Batch
 from slitlamp.tracing.attention_tap import Rows, observed, tapped
 from slitlamp.tracing.call import Calls, Selection, vision_selection
 from slitlamp.tracing.reductions import reduce_axis, take
-from slitlamp.tracing.sites import Positions, Site
+from slitlamp.tracing.sites import Positions, Site, layers_of
 from slitlamp.tracing.trace import Step, Trace
 
 if TYPE_CHECKING:
@@ -115,8 +115,9 @@ class Recorder:
         self.calls = calls
 
     def begin(self) -> None:
-        """A forward call starts."""
-        self.trace.steps.append(Step())
+        """A forward call starts. That over the prompt has its step already, for what ran ahead of it (the vision tower)."""
+        if not self.trace.steps or self.calls.number > 0:
+            self.trace.steps.append(Step())
 
     def _store(self, site: Site, layer: int, values: Tensor, mask: Tensor) -> None:
         step = self.trace.steps[-1]
@@ -185,6 +186,7 @@ def session(
     traces: Sequence[Trace] = (),
     edits: Sequence[Edit] = (),
     end_tokens: tuple[int, ...] = (),
+    decoding: bool = False,
 ) -> Iterator[Calls]:
     """Attach recorders and edits to a model for one run.
 
@@ -197,9 +199,12 @@ def session(
         traces: to be filled.
         edits: to be made.
         end_tokens: ids that end a row; what is computed for a row after it has ended is not recorded.
+        decoding: whether the run may make more than one forward call.
 
     Raises:
-        InputError: a trace that holds a run already, or a model in training mode.
+        InputError: a trace that holds a run already, a mask that does not fit the batch, an edit of a layer outside the
+            model or one that changes shape or dtype, or a model in training mode.
+        UnsupportedError: an edit of a site that cannot be edited.
     """
     if model.training:
         raise InputError("the model is in training mode (dropout would change every answer); call model.eval() first")
@@ -209,8 +214,14 @@ def session(
     for edit in edits:
         if edit.site not in EDITABLE:
             raise UnsupportedError(f"{edit.site!r} cannot be edited; sites that can: {', '.join(EDITABLE)}")
+        n_layers = layers_of(edit.site, anatomy)
+        if not 0 <= edit.layer < n_layers:
+            raise InputError(f"an edit of layer {edit.layer} of {edit.site}, which has layers 0 to {n_layers - 1}")
 
     calls = Calls(batch, end_tokens)
+    for trace in traces:
+        for site in trace.sites.values():
+            calls.check(site)
     recorders = [Recorder(trace, anatomy, calls) for trace in traces]
     observers: dict[nn.Module, list[Rows]] = {}
     with ExitStack() as stack:
@@ -224,11 +235,19 @@ def session(
         for edit in reversed(edits):  # each goes before those registered already
 
             def change(values: Tensor, edit: Edit = edit) -> Tensor:
-                return edit.function(values, calls)
+                changed = edit.function(values, calls)
+                if changed.shape != values.shape or changed.dtype != values.dtype:
+                    raise InputError(
+                        f"an edit of {edit.site} must give {values.dtype} {list(values.shape)}; "
+                        f"it gave {changed.dtype} {list(changed.shape)}"
+                    )
+                return changed
 
             stack.callback(_hook(_place(model, anatomy, edit.site, edit.layer), change, first=True).remove)
         for recorder in recorders:
             recorder.trace.batch = batch
+            recorder.trace.decoding = decoding
+            recorder.begin()
             for site in recorder.trace.sites.values():
                 for layer in site.layers or ():
                     if site.is_attention:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,7 @@ _CANONICAL = {
 STATE_SITES = ("resid_pre", "resid_post", "z", "mlp_out", "vision_resid_post", "projector_out")
 ATTENTION_SITES = ("attention", "vision_attention")
 SITES = STATE_SITES + ATTENTION_SITES
+VISION_SITES = ("vision_resid_post", "vision_attention", "projector_out")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Site:
     @property
     def is_vision(self) -> bool:
         """Whether this is a place before the language model, with image tiles in place of the batch."""
-        return self.name in ("vision_resid_post", "vision_attention", "projector_out")
+        return self.name in VISION_SITES
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -105,7 +107,8 @@ def canonical_name(site: str, layer: int) -> str:
 def _tuple(values: Iterable[int] | int | None) -> tuple[int, ...] | None:
     if values is None:
         return None
-    return (values,) if isinstance(values, int) else tuple(values)
+    several = values if isinstance(values, Iterable) else (values,)
+    return tuple(int(one) if isinstance(one, np.integer) else one for one in several)
 
 
 def _state(
@@ -232,6 +235,13 @@ def vision_attention(
     )
 
 
+def layers_of(site: str, anatomy: Anatomy) -> int:
+    """How many layers a site has in a model."""
+    if site == "projector_out":
+        return 1
+    return anatomy.n_vision_layers if site in VISION_SITES else anatomy.n_layers
+
+
 def check_sites(sites: Sequence[Site], anatomy: Anatomy) -> list[Site]:
     """Sites with their layers spelled out, checked against a model.
 
@@ -239,6 +249,8 @@ def check_sites(sites: Sequence[Site], anatomy: Anatomy) -> list[Site]:
         UnknownNameError: an unknown site, position name, reduction, or layer or head outside the model.
         InputError: two recordings under one label, or no recording.
     """
+    if not sites:
+        raise InputError("a trace of no site records nothing; ask for one, such as sites.resid_post(layers=[2])")
     checked: list[Site] = []
     seen: set[str] = set()
     for site in sites:
@@ -259,6 +271,10 @@ def _check_site(site: Site, anatomy: Anatomy) -> Site:
     for positions in chosen:
         if isinstance(positions, str) and positions not in known:
             raise unknown(f"position for {site.name}", positions, known)
+        if not isinstance(positions, str | Tensor) or (site.is_vision and isinstance(positions, Tensor)):
+            names = ", ".join(repr(name) for name in known)
+            mask = "" if site.is_vision else ", or a bool tensor [batch, position]"
+            raise InputError(f"{site.name}: positions are one of {names}{mask}; found {type(positions).__name__}")
         if isinstance(positions, Tensor) and (positions.dtype != torch.bool or positions.ndim != 2):
             raise InputError(
                 f"{site.name}: a position mask must be bool [batch, position], found {positions.dtype} "
@@ -269,7 +285,7 @@ def _check_site(site: Site, anatomy: Anatomy) -> Site:
     for reduction in (site.reduce, site.reduce_queries, site.reduce_keys, site.reduce_heads):
         if reduction not in (None, "mean", "sum"):
             raise unknown("reduction", str(reduction), ("mean", "sum"))
-    n_layers = 1 if site.name == "projector_out" else anatomy.n_vision_layers if site.is_vision else anatomy.n_layers
+    n_layers = layers_of(site.name, anatomy)
     n_heads = anatomy.n_vision_heads if site.is_vision else anatomy.n_heads
     layers = tuple(range(n_layers)) if site.layers is None else site.layers
     _check_numbers(f"layer of {site.name}", layers, n_layers)

@@ -36,10 +36,16 @@ class Step:
 
 
 class SiteRecord(Mapping[int, Tensor]):
-    """The recordings of one site, by layer; forward calls are joined along the position (or query) axis."""
+    """The recordings of one site, by layer.
 
-    def __init__(self, site: Site, steps: list[Step]) -> None:
+    The forward calls of a generation are joined along the position (or query) axis; where that was reduced away, along an
+    axis "step" of their own.
+    """
+
+    def __init__(self, site: Site, steps: list[Step], decoding: bool = False) -> None:
         self.site = site
+        self._joined = "query" if site.is_attention else "position"
+        self._stacked = decoding and not site.is_vision and self._joined not in site.axes
         self._steps = [step for step in steps if site.label in step.values]
 
     @property
@@ -50,7 +56,8 @@ class SiteRecord(Mapping[int, Tensor]):
     @property
     def axes(self) -> tuple[str, ...]:
         """The names of the axes."""
-        return self.site.axes
+        row, *others = self.site.axes
+        return (row, "step", *others) if self._stacked else self.site.axes
 
     def __getitem__(self, layer: int) -> Tensor:
         if not self._steps:
@@ -60,15 +67,12 @@ class SiteRecord(Mapping[int, Tensor]):
         if layer not in self.layers:
             raise InputError(f"layer {layer} of {self.site.label!r} was not recorded; recorded: {list(self.layers)}")
         parts = [step.values[self.site.label][layer] for step in self._steps]
-        if len(parts) == 1:
-            return parts[0]
         if "key" in self.axes:
             width = max(part.shape[-1] for part in parts)
             parts = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]
-        axis = "query" if self.site.is_attention else "position"
-        if axis not in self.axes:
+        if self._stacked:
             return torch.stack(parts, dim=1)
-        return torch.cat(parts, dim=self.axes.index(axis))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.axes.index(self._joined))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.layers)
@@ -110,6 +114,7 @@ class Trace:
         self.sites = {site.label: site for site in sites}
         self.steps: list[Step] = []
         self.batch: Batch | None = None
+        self.decoding = False
         self.views: dict[str, Trace] = {}
 
     def record(self, label: str) -> SiteRecord:
@@ -123,7 +128,7 @@ class Trace:
             raise unknown("recording", label, self.sites)
         if self.batch is None:
             raise InputError("this trace has recorded nothing: call vlm.forward or vlm.generate inside its with-block")
-        return SiteRecord(self.sites[label], self.steps)
+        return SiteRecord(self.sites[label], self.steps, self.decoding)
 
     def __getitem__(self, label: str) -> SiteRecord:
         found = _layer_of(label)
