@@ -39,14 +39,14 @@ class Generation:
 def token_spans(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, tuple[tuple[int, int], ...]]:
     """Decode tokens, and find which characters each stands for.
 
-    A token stands for the characters that the text gains when it is added to those before it; a token that completes a
-    character begun by others (byte-level vocabularies) gets that character.
+    A token stands for the characters that the text gains when it is added to those before it. Tokens that make up one
+    character together (bytes of it) all get that character.
 
     Returns:
         (text without special tokens, per token its range of characters).
     """
     text = ""
-    spans = []
+    spans: list[tuple[int, int]] = []
     for end in range(1, len(tokens) + 1):
         longer = tokenizer.decode(list(tokens[:end]), skip_special_tokens=True)
         shared = 0
@@ -55,6 +55,10 @@ def token_spans(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, tuple[tuple
         start = shared
         while start < len(longer) and longer[start] == " ":
             start += 1
-        spans.append((start, len(longer)) if len(longer) > shared else (len(longer), len(longer)))
+        if len(longer) > shared:  # text that has given way stood for a character that was not complete
+            spans = [(min(a, start), len(longer)) if b > shared else (a, b) for a, b in spans]
+            spans.append((start, len(longer)))
+        else:
+            spans.append((len(longer), len(longer)))
         text = longer
     return text, tuple(spans)
