@@ -39,6 +39,8 @@ class VLM:
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, name: str) -> None:
+        if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_token")):
+            raise InputError(f"a VLM needs the processor of its images and texts; found {type(processor).__name__}")
         self.model = model
         self.processor = processor
         self.name = name
@@ -109,14 +111,20 @@ class VLM:
         processor = AutoProcessor.from_pretrained(name, **hub)
         if device_map is not None:
             options["device_map"] = device_map
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **hub, **options)
+        # never pickle: its files can run code
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub, **options)
         if device is not None:
             model.to(device)  # type: ignore[arg-type]  # its decorator loses the signature
         return cls(model.eval(), processor, str(name))
 
     @classmethod
     def wrap(cls, model: PreTrainedModel, processor: Any, name: str | None = None) -> VLM:
-        """A VLM from a model and a processor that you already hold."""
+        """A VLM from a model and a processor that you already hold.
+
+        Raises:
+            UnsupportedError: a family that slitlamp does not know, or a model that its entry does not fit.
+            InputError: something else in place of the processor.
+        """
         return cls(model, processor, name or str(getattr(model.config, "name_or_path", "") or type(model).__name__))
 
     # -- facts ------------------------------------------------------------------------------------------------------
@@ -136,7 +144,7 @@ class VLM:
         """The dtype of the weights."""
         return self.model.dtype
 
-    @cached_property
+    @property
     def end_tokens(self) -> tuple[int, ...]:
         """The ids that end a generation."""
         ends = self.model.generation_config.eos_token_id
@@ -150,7 +158,7 @@ class VLM:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:
@@ -229,9 +237,8 @@ class VLM:
         return trace
 
     def _call(self, batch: Batch, **options: Any) -> Any:
-        positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(
-            min=0
-        )  # as generate counts them: padding has no place
+        # as generate counts them: padding has no place
+        positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         return self.model(**batch.inputs(), position_ids=positions, use_cache=False, return_dict=True, **options)
 
     @torch.no_grad()
@@ -263,7 +270,7 @@ class VLM:
 
         Raises:
             InputError: a batch with a continuation, a seed without sampling or sampling without a seed, no new tokens.
-            UnsupportedError: beam search and other decoding that runs more than one sequence per row.
+            UnsupportedError: beam search and other decoding that does not follow one sequence per row, token by token.
         """
         if any(batch.n_generated):
             raise InputError("generate takes prompts; this batch has a continuation (see Batch.prompt_only)")
@@ -275,8 +282,13 @@ class VLM:
                 "sampling needs a seed, so that it can be repeated" if sample else "greedy decoding takes no seed"
             )
         for option in ("num_beams", "num_return_sequences"):
-            if options.get(option, 1) != 1:
-                raise UnsupportedError(f"{option}={options[option]}: one sequence per row only")
+            if options.pop(option, 1) != 1:
+                raise UnsupportedError(f"{option} other than 1: slitlamp follows one sequence per row")
+        for option in ("stop_strings", "stopping_criteria", "assistant_model", "prompt_lookup_num_tokens"):
+            if options.get(option) is not None:
+                raise UnsupportedError(f"{option}: rows must end at an end token or at max_new_tokens, token by token")
+        ends = options.pop("eos_token_id", self.end_tokens)
+        ends = (ends,) if isinstance(ends, int) else tuple(ends or ())
         if not sample:  # a model's own defaults for sampling would only make transformers warn
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         with (
@@ -288,21 +300,27 @@ class VLM:
                 batch,
                 traces=self._open_traces(),
                 edits=self._edits(batch),
-                end_tokens=self.end_tokens,
+                end_tokens=ends,
+                decoding=True,
             ),
         ):
             if seed is not None:
                 torch.manual_seed(seed)
             output = self.model.generate(  # type: ignore[operator]  # typed as a buffer of nn.Module
-                **batch.inputs(), max_new_tokens=max_new_tokens, num_beams=1, pad_token_id=batch.pad_token_id, **options
+                **batch.inputs(),
+                max_new_tokens=max_new_tokens,
+                num_beams=1,
+                pad_token_id=batch.pad_token_id,
+                eos_token_id=list(ends) or None,
+                **options,
             )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        return self._generation(batch, sequences[:, batch.length :].tolist())
+        return self._generation(batch, sequences[:, batch.length :].tolist(), ends)
 
-    def _generation(self, batch: Batch, rows: list[list[int]]) -> Generation:
+    def _generation(self, batch: Batch, rows: list[list[int]], ends: tuple[int, ...]) -> Generation:
         tokens, stopped = [], []
         for row in rows:
-            end = next((place for place, token in enumerate(row) if token in self.end_tokens), None)
+            end = next((place for place, token in enumerate(row) if token in ends), None)
             stopped.append(end is not None)
             tokens.append(tuple(row if end is None else row[: end + 1]))
         decoded = [token_spans(self.tokenizer, row) for row in tokens]
