@@ -124,5 +124,5 @@ def test_a_processor_that_disagrees_with_the_model(llava, image):
 
     processor = copy.deepcopy(llava.processor)
     processor.patch_size = 8
-    with pytest.raises(UnsupportedError, match="processor made 4 image tokens, but the LLaVA-1.5 entry expects 16"):
+    with pytest.raises(UnsupportedError, match=r"processor made 4 image tokens, but the LLaVA-1\.5 entry expects 16"):
         VLM.wrap(llava.model, processor).encode([image(0)], ["<image>"])

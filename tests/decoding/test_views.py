@@ -1,0 +1,98 @@
+"""Versions of a batch that say nothing of the image."""
+
+import pytest
+import torch
+
+from slitlamp.decoding import image_free
+from slitlamp.decoding.views import IMAGE_FREE
+from slitlamp.errors import InputError, UnknownNameError
+from slitlamp.tracing import sites
+from slitlamp.vlm import VLM
+
+
+def trace_of(vlm: VLM, batch, edits):
+    return vlm._extra_pass(batch, [sites.resid_pre(layers=[0]), sites.resid_post()], edits)
+
+
+def pair(vlm, image, seeds):
+    pictures = [[image(seeds[0]), image(seeds[1], 30, 9)], [image(seeds[2])]]
+    batch = vlm.encode(pictures, ["is <image> in <image> ?", "<image> describe this ."])
+    return batch.with_continuation([[5, 6], []])
+
+
+@pytest.mark.parametrize("how", ["deleted", "zero", "noise"])
+def test_what_the_model_sees_does_not_depend_on_the_image(how, any_vlm, image):
+    found = []
+    for seeds in [(0, 1, 2), (3, 4, 5)]:
+        trace = trace_of(any_vlm, *image_free(pair(any_vlm, image, seeds), how))
+        found.append(trace["resid_post"][2])
+    assert torch.equal(found[0], found[1])
+
+
+def test_deleted_is_the_prompt_without_image_tokens(any_vlm, image):
+    batch = pair(any_vlm, image, (0, 1, 2))
+    free, edits = image_free(batch)
+    assert edits == []
+    assert torch.equal(free.input_ids, batch.without_images().input_ids)
+    assert free.n_generated == batch.n_generated
+
+
+def test_zero_and_mean_change_image_embeddings_alone(any_vlm, image):
+    batch = pair(any_vlm, image, (0, 1, 2))
+    plain = trace_of(any_vlm, batch, [])
+    mask = torch.zeros_like(plain.mask("resid_pre"))
+    for row in range(batch.size):
+        mask[row, : batch.lengths[row]] = batch.image_mask[row][batch.real_mask[row]]
+    before = plain["resid_pre"][0]
+    for how in ("zero", "mean"):
+        free, edits = image_free(batch, how)
+        assert free is batch
+        after = trace_of(any_vlm, free, edits)["resid_pre"][0]
+        assert torch.equal(after[~mask], before[~mask])
+        for row in range(batch.size):
+            own = before[row][mask[row]]
+            wanted = torch.zeros_like(own) if how == "zero" else own.mean(dim=0).expand_as(own)
+            torch.testing.assert_close(after[row][mask[row]], wanted, rtol=0, atol=1e-5)
+
+
+def test_noise_is_one_image_for_all_rows_and_repeats_by_seed(llava, image):
+    batch = pair(llava, image, (0, 1, 2))
+    pixels = [image_free(batch, "noise", seed)[0].extra["pixel_values"] for seed in (0, 0, 1)]
+    assert pixels[0].shape == batch.extra["pixel_values"].shape
+    assert torch.equal(pixels[0], pixels[1])
+    assert not torch.equal(pixels[0], pixels[2])
+    assert all(torch.equal(pixels[0][0], one) for one in pixels[0])
+    assert abs(float(pixels[0][0].mean())) < 0.2  # 768 standard normal draws: five standard errors
+    assert abs(float(pixels[0][0].std()) - 1) < 0.2
+
+
+def test_views_leave_decode_steps_alone(any_vlm, image):
+    """The edits of "zero" act on the prompt: what is generated is the same as by a model fed the whole text at once."""
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from slitlamp.decoding import Intervention
+
+    @dataclass
+    class Blind(Intervention):
+        name: ClassVar[str] = "blind"
+        kind: ClassVar = "blocks"
+
+        def edits(self, run):
+            return image_free(run.batch, "zero")[1]
+
+    batch = pair(any_vlm, image, (0, 1, 2)).prompt_only()
+    with any_vlm.apply(Blind()):
+        generation = any_vlm.generate(batch, max_new_tokens=3, eos_token_id=[])
+        logits = any_vlm.forward(generation.teacher_forced()).logits[:, -4:-1]
+    logits[..., [0, 1, 4]] = -torch.inf  # the tiny models may not say these
+    assert [list(tokens) for tokens in generation.tokens] == logits.argmax(dim=-1).tolist()
+
+
+def test_rows_without_an_image_and_unknown_ways_are_refused(llava, image):
+    batch = llava.encode([image(0), None], ["<image> what ?", "a dog ?"], ids=["scene 1", "scene 2"])
+    for how in IMAGE_FREE:
+        with pytest.raises(InputError, match="rows without one: scene 2"):
+            image_free(batch, how)
+    with pytest.raises(UnknownNameError, match="unknown way of removing the image 'delete'; did you mean 'deleted'"):
+        image_free(batch, "delete")
