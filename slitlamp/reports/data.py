@@ -38,6 +38,8 @@ class RunData:
             raise RunFolderError(f"no run folder at {self.folder}")
         if not (self.folder / "tables").is_dir() and not (self.folder / "config.yaml").exists():
             raise RunFolderError(f"{self.folder} is not a finished run: it has neither tables/ nor config.yaml")
+        if self.environment.get("finished") is False:
+            raise RunFolderError(f"the run in {self.folder} has not ended; run it again to finish it")
 
     def table(self, name: str, *needed: str) -> pd.DataFrame | None:
         """A table by name; None where it is missing, empty, or lacks a needed column."""

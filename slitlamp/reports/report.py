@@ -143,7 +143,9 @@ def _context(data: RunData, sections: list[Section]) -> dict[str, Any]:
         "metrics": _metrics(data),
         "limits": _limits(data),
         "config": data.config_text or yaml.safe_dump({}),
-        "environment": tables.facts({key: value for key, value in data.environment.items() if key != "conditions"}),
+        "environment": tables.facts(
+            {key: value for key, value in data.environment.items() if key not in ("conditions", "finished")}
+        ),
         "whole": [one for one in (tables.whole_table(data, name) for name in _WHOLE_TABLES) if one is not None],
     }
 

@@ -220,6 +220,11 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path, make_run: Callable[...
     with pytest.raises(RunFolderError, match=r"neither tables/ nor config\.yaml"):
         write_report(tmp_path)
     run = make_run()
+    environment = (run / "environment.json").read_text()
+    (run / "environment.json").write_text('{"finished": false}')
+    with pytest.raises(RunFolderError, match="has not ended"):
+        write_report(run)
+    (run / "environment.json").write_text(environment)
     (run / "tables" / "conditions.parquet").write_bytes(b"no parquet")
     with pytest.raises(RunFolderError, match=r"conditions\.parquet"):
         write_report(run)
