@@ -4,7 +4,7 @@ Each branch sees the prefix and itself. Its position ids continue from the prefi
 the branch run alone after its own prefix.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +18,9 @@ from slitlamp.organism.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, TOKEN_I
 IGNORE: Final = -100
 """Target of positions without supervision."""
 TASK_WEIGHTS: Final = {"caption": 1.0, "brief": 1.0, "yes_no": 2.0, "where": 2.0}
+REFINE_WEIGHTS: Final = TASK_WEIGHTS | {"yes_no": 5.0}
+"""Weights of the last stage: one seed in two still answered yes/no questions at chance when its captions and positions
+were good, because the six answers are a small part of a row's tokens."""
 TASKS: Final = tuple(TASK_WEIGHTS)
 
 
@@ -47,7 +50,11 @@ class PackedBatch:
 
 
 def pack(
-    rows: Sequence[Sequence[Exchange]], with_image: Sequence[bool], image_slots: int, multiple: int = 8
+    rows: Sequence[Sequence[Exchange]],
+    with_image: Sequence[bool],
+    image_slots: int,
+    task_weights: Mapping[str, float] = TASK_WEIGHTS,
+    multiple: int = 8,
 ) -> PackedBatch:
     """Pack each row's exchanges after a prefix `<s> USER: <image>...` of `2 + image_slots` positions.
 
@@ -76,7 +83,7 @@ def pack(
             branch[r, start:stop] = number
             positions[r, start:stop] = offset + np.arange(len(tokens))
             targets[r, start + answer_start - 1 : stop] = [*tokens[answer_start:], TOKEN_ID[EOS]]
-            weights[r, start + answer_start - 1 : stop] = TASK_WEIGHTS[task]
+            weights[r, start + answer_start - 1 : stop] = task_weights[task]
             tasks[r, start:stop] = TASKS.index(task)
             start = stop
     return PackedBatch(*(torch.from_numpy(array) for array in (ids, branch, positions, targets, weights, tasks)))

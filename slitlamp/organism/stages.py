@@ -1,6 +1,6 @@
 """The data of each training stage as a pure function of (seed, stage, step)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from slitlamp.organism.build import IMAGE_MEAN, IMAGE_STD, N_IMAGE_TOKENS, PATCH_SIZE
 from slitlamp.organism.categories import CATEGORY_INDEX, CATEGORY_NAMES, CONTEXT_INDEX
 from slitlamp.organism.language import Exchange, caption_exchange, where_exchange, yes_no_exchanges
-from slitlamp.organism.packing import PackedBatch, pack
+from slitlamp.organism.packing import REFINE_WEIGHTS, TASK_WEIGHTS, PackedBatch, pack
 from slitlamp.organism.scenes import (
     IMAGE_SIZE,
     Scene,
@@ -22,7 +22,9 @@ from slitlamp.organism.scenes import (
     noise_image,
 )
 
-STAGES: Final = ("vision", "text", "joint")
+STAGES: Final = ("vision", "text", "joint", "refine")
+"""`refine` is the joint stage once more, on fresh scenes, from a smaller learning rate (a warm restart) and with more
+weight on yes/no answers."""
 SCENE_SEED_OFFSET: Final = 1_000_000
 """Training seed s draws its scenes from stream 1,000,000 + s, apart from every held-out stream."""
 STAGE_STRIDE: Final = 100_000_000
@@ -60,7 +62,8 @@ class StepData(Dataset[VisionBatch | LanguageBatch]):
             return vision_batch(scene_seed, indices, rng)
         if self.stage == "text":
             return text_batch(scene_seed, indices, rng)
-        return joint_batch(scene_seed, indices, rng)
+        weights = REFINE_WEIGHTS if self.stage == "refine" else TASK_WEIGHTS
+        return joint_batch(scene_seed, indices, rng, weights)
 
 
 def steps(data: StepData, start: int, stop: int, workers: int) -> Iterator[VisionBatch | LanguageBatch]:
@@ -118,7 +121,9 @@ def text_batch(scene_seed: int, indices: range, rng: np.random.Generator) -> Lan
     return torch.empty(0, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8), pack(rows, [False] * len(rows), image_slots=0)
 
 
-def joint_batch(scene_seed: int, indices: range, rng: np.random.Generator) -> LanguageBatch:
+def joint_batch(
+    scene_seed: int, indices: range, rng: np.random.Generator, task_weights: Mapping[str, float] = TASK_WEIGHTS
+) -> LanguageBatch:
     """Images, uint8 `[scene, 64, 64, 3]`, and their packed exchanges: a caption, six yes/no, one where.
 
     A few rows have no image, a blank one or pure noise, with the scene's own answers: there the best answer is the
@@ -139,7 +144,7 @@ def joint_batch(scene_seed: int, indices: range, rng: np.random.Generator) -> La
         where = where_exchange(scene, rng)
         exchanges = [caption_exchange(scene, rng), *yes_no_exchanges(scene, rng)]
         rows.append(exchanges if where is None else [*exchanges, where])
-    return torch.from_numpy(images), pack(rows, with_image, image_slots=N_IMAGE_TOKENS)
+    return torch.from_numpy(images), pack(rows, with_image, N_IMAGE_TOKENS, task_weights)
 
 
 def to_pixel_values(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training of the embedded model in three stages: vision, text, joint. Seeded, resumable, on a CPU."""
+"""Training of the embedded model in four stages: vision, text, joint, refine. Seeded, resumable, on a CPU."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ class TrainingConfig:
     """Every number of a training run.
 
     `threads` is part of the result, as is the kind of processor: sums of floats depend on how they are split.
-    `checkpoints` are the shares of the joint stage after which a loadable fp16 folder is written.
+    `checkpoints` are the shares of the joint stage after which a loadable fp16 folder is written; its end gets one too.
     """
 
     seed: int = 0
@@ -45,6 +45,9 @@ class TrainingConfig:
     joint_steps: int = 2000
     joint_batch: int = 32
     joint_lr: float = 1e-3
+    refine_steps: int = 800
+    refine_batch: int = 32
+    refine_lr: float = 8e-4
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05
     warmup: float = 0.03
@@ -57,8 +60,17 @@ class TrainingConfig:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        counts = ("width", "vision_batch", "text_batch", "joint_batch", "threads", "save_every", "log_every")
-        for name in (*counts, "vision_steps", "text_steps", "joint_steps"):
+        counts = (
+            "width",
+            "vision_batch",
+            "text_batch",
+            "joint_batch",
+            "refine_batch",
+            "threads",
+            "save_every",
+            "log_every",
+        )
+        for name in (*counts, "vision_steps", "text_steps", "joint_steps", "refine_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.seed < 0:
@@ -70,18 +82,23 @@ class TrainingConfig:
         """The same run with `total` steps in all, shared among the stages in proportion."""
         if total < len(STAGES):
             raise ValueError(f"at least {len(STAGES)} steps are needed, one for each stage; found {total}")
-        have = self.vision_steps + self.text_steps + self.joint_steps
-        vision = max(1, round(total * self.vision_steps / have))
-        text = max(1, round(total * self.text_steps / have))
-        return replace(self, vision_steps=vision, text_steps=text, joint_steps=max(1, total - vision - text))
+        have = sum(self.stage_steps(stage) for stage in STAGES)
+        vision, text, refine = (
+            max(1, round(total * self.stage_steps(stage) / have)) for stage in ("vision", "text", "refine")
+        )
+        joint = max(1, total - vision - text - refine)
+        return replace(self, vision_steps=vision, text_steps=text, joint_steps=joint, refine_steps=refine)
 
     def stage_steps(self, stage: str) -> int:
         """Number of steps of a stage."""
-        return {"vision": self.vision_steps, "text": self.text_steps, "joint": self.joint_steps}[stage]
+        steps: int = getattr(self, f"{stage}_steps")
+        return steps
 
-    def checkpoint_steps(self) -> tuple[int, ...]:
-        """Steps of the joint stage after which a checkpoint folder is written, without the last step."""
-        return tuple(sorted({math.floor(share * self.joint_steps) for share in self.checkpoints}))
+    def checkpoint_steps(self, stage: str) -> tuple[int, ...]:
+        """Steps of a stage after which a checkpoint folder is written; 0 is before its first step."""
+        if stage == "joint":
+            return tuple(sorted({math.floor(share * self.joint_steps) for share in self.checkpoints}))
+        return (0,) if stage == "refine" else ()
 
     def to_dict(self) -> dict[str, object]:
         """As JSON holds it."""
@@ -91,9 +108,10 @@ class TrainingConfig:
 def train_organism(output: str | Path, config: TrainingConfig | None = None, resume: bool = True) -> Path:
     """Train the embedded model and return the folder of the result, `output/final`.
 
-    `output` receives `config.json`, `state.safetensors` (to resume from), `log.jsonl`, `checkpoints/step-NNNNN/` of the
-    joint stage and `final/`; the folders load with plain `from_pretrained`. A run that was killed continues from its
-    last state and ends with the weights of an undisturbed one. The number of torch threads is restored at the end.
+    `output` receives `config.json`, `state.safetensors` (to resume from), `log.jsonl`, `checkpoints/step-NNNNN/`, counted
+    from the start of the joint stage, and `final/`; the folders load with plain `from_pretrained`. A run that was killed
+    continues from its last state and ends with the weights of an undisturbed one. The number of torch threads is
+    restored at the end.
 
     Raises ValueError where `output` holds a run of another configuration, and FileExistsError where it holds any run
     and `resume` is False.
@@ -164,9 +182,10 @@ class _Trainer:
             load_state(self.state_path, modules, optimizer if start else None)
         bar = progress.add_task(stage, total=total, completed=start, rate=0.0, loss=float("nan"))
         data = StepData(stage, config.seed, batch_size)
-        marks = set(config.checkpoint_steps()) if stage == "joint" else set()
-        if stage == "joint" and start in marks:
-            self._checkpoint(start)
+        marks = set(config.checkpoint_steps(stage))
+        earlier = config.joint_steps if stage == "refine" else 0
+        if start in marks:
+            self._checkpoint(earlier + start)
         began = time.monotonic()
         for step, batch in enumerate(steps(data, start, total, config.data_workers), start=start):
             for group in optimizer.param_groups:
@@ -184,7 +203,7 @@ class _Trainer:
                 progress.update(bar, completed=done, rate=rate, loss=loss.item())
                 self._log(stage, done, {"loss": loss, "gradient_norm": norm, **parts}, rate)
             if done in marks and done < total:
-                self._checkpoint(done)
+                self._checkpoint(earlier + done)
             if done % config.save_every == 0 and done < total:
                 save_state(self.state_path, modules, optimizer, State(stage, done))
         following = STAGES.index(stage) + 1
@@ -204,6 +223,7 @@ class _Trainer:
             "vision": (inner.vision_tower, self.heads),
             "text": (inner.language_model, self.model.lm_head),
             "joint": (inner.multi_modal_projector, inner.language_model, self.model.lm_head),
+            "refine": (inner.multi_modal_projector, inner.language_model, self.model.lm_head),
         }[stage]
         self.model.requires_grad_(False)
         self.heads.requires_grad_(False)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from slitlamp.organism import training
+from slitlamp.organism.stages import STAGES
 from slitlamp.organism.training import TrainingConfig, learning_rate, train_organism
 
 TINY = {
@@ -20,9 +21,11 @@ TINY = {
     "vision_steps": 6,
     "text_steps": 3,
     "joint_steps": 8,
+    "refine_steps": 4,
     "vision_batch": 2,
     "text_batch": 2,
     "joint_batch": 2,
+    "refine_batch": 2,
     "checkpoints": (0.0, 0.5),
     "save_every": 2,
     "log_every": 1,
@@ -31,6 +34,7 @@ TINY = {
 CHILD = """
 import json, sys
 from slitlamp.organism import training
+from slitlamp.organism.stages import STAGES
 from slitlamp.organism.training import TrainingConfig, train_organism
 numbers = json.loads(sys.argv[2])
 numbers["checkpoints"] = tuple(numbers["checkpoints"])
@@ -46,11 +50,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_writes_what_it_promises(undisturbed: Path) -> None:
-    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["step-00000", "step-00004"]
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == [
+        "step-00000",
+        "step-00004",
+        "step-00008",
+    ]
     rows = [json.loads(line) for line in (undisturbed / "log.jsonl").read_text().splitlines()]
-    assert [(row["stage"], row["step"]) for row in rows] == (
-        [("vision", i) for i in range(1, 7)] + [("text", i) for i in range(1, 4)] + [("joint", i) for i in range(1, 9)]
-    )
+    lengths = {"vision": 6, "text": 3, "joint": 8, "refine": 4}
+    expected = [(stage, step + 1) for stage, length in lengths.items() for step in range(length)]
+    assert [(row["stage"], row["step"]) for row in rows] == expected
     for folder in (undisturbed / "final", undisturbed / "checkpoints" / "step-00004"):
         LlavaForConditionalGeneration.from_pretrained(folder)
 
@@ -93,7 +101,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(undisturbed: Path, tmp_path: 
     assert_same_run(output, undisturbed)
 
 
-@pytest.mark.parametrize(("stage", "step"), [("vision", 1), ("vision", 5), ("text", 3), ("joint", 1), ("joint", 7)])
+@pytest.mark.parametrize(("stage", "step"), [("vision", 1), ("vision", 5), ("text", 3), ("joint", 7), ("refine", 3)])
 def test_an_interrupted_run_ends_like_an_undisturbed_one(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, step: int
 ) -> None:
@@ -129,12 +137,13 @@ def test_another_configuration_is_refused(undisturbed: Path) -> None:
 
 def test_a_short_run_keeps_the_proportions() -> None:
     config = TrainingConfig()
-    short = config.scaled(376)
-    assert short.vision_steps + short.text_steps + short.joint_steps == 376
-    assert short.vision_steps / short.joint_steps == pytest.approx(config.vision_steps / config.joint_steps, rel=0.02)
-    assert config.scaled(3).stage_steps("joint") == 1
-    with pytest.raises(ValueError, match="at least 3"):
-        config.scaled(2)
+    short = config.scaled(456)
+    assert sum(short.stage_steps(stage) for stage in STAGES) == 456
+    for stage in STAGES:
+        assert short.stage_steps(stage) == pytest.approx(config.stage_steps(stage) / 10, abs=1)
+    assert [config.scaled(4).stage_steps(stage) for stage in STAGES] == [1, 1, 1, 1]
+    with pytest.raises(ValueError, match="at least 4"):
+        config.scaled(3)
 
 
 @pytest.mark.parametrize("numbers", [{"seed": -1}, {"joint_batch": 0}, {"checkpoints": (1.0,)}])
