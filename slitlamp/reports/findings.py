@@ -14,10 +14,14 @@ from slitlamp.reports.wording import (
     beyond_control,
     change,
     changes,
+    count,
     join,
     number,
     sentence,
 )
+
+FEW_IMAGES = 30
+"""Below this many images a bootstrap over images is not to be trusted, and the report says so."""
 
 
 def quoted(name: str) -> str:
@@ -46,12 +50,20 @@ def difference(data: RunData, condition: str, reference: str, dataset: str, name
     return estimate(table, condition=condition, reference=reference, dataset=dataset, metric=name)
 
 
+def fewest_images(data: RunData) -> int | None:
+    """The least number of images that a score rests on; None where the tables do not say."""
+    table = data.table("conditions", "n_images")
+    return None if table is None or table["n_images"].isna().all() else int(table["n_images"].min())
+
+
 def headline(data: RunData) -> list[str]:
     """The few sentences at the top: the effect on CHAIR_i beside the first control, at equal recall, and on POPE."""
     reference, sentences = data.reference, list[str]()
     if reference is None:
         return []
-    first = data.conditions[0]
+    first, n = data.conditions[0], fewest_images(data)
+    if n is not None and n < FEW_IMAGES:
+        sentences.append(f"Only {count(n, 'image')}: too few for any conclusion, whatever the intervals say.")
     captioned, splits = caption_datasets(data), pope_datasets(data)
     for name in treatments(data):
         own = [one for one in data.conditions if one.role == "control" and one.control_of in (name, None)]

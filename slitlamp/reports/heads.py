@@ -44,7 +44,7 @@ def head_map(heads: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax, height=1.0 + 0.32 * len(grid))
     annotate = grid.size <= MAX_ANNOTATED
     seaborn.heatmap(
-        grid.astype(float), ax=ax, cmap=MAP, vmin=0, annot=annotate, fmt=".2g", annot_kws={"fontsize": 7.5},
+        grid.astype(float), ax=ax, cmap=MAP, vmin=0, annot=annotate, fmt=".1f", annot_kws={"fontsize": 7.5},
         linewidths=0.6 if annotate else 0, linecolor="white",
         cbar_kws={"label": "VHD (L2 distance)", "shrink": 0.9, "pad": 0.02},
     )  # fmt: skip

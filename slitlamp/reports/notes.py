@@ -34,7 +34,7 @@ def head_divergence(data: RunData) -> str:
     return (
         "Mean VHD of every attention head at the first generated word, and the same numbers layer by layer with "
         f"{data.level} intervals by image; dashed: the median of the layer. A ring in the map, and a filled dot, mark "
-        "the heads that reinforcement would pick in "
+        "the heads that reinforcement would pick (its outlier rule included) in "
         "at least half of the images." + n
     )
 
@@ -83,8 +83,15 @@ def chair(data: RunData) -> str:
 
 def differences(data: RunData) -> str:
     """Caption of the forest plot."""
-    table = data.table("differences", "condition", "metric")
-    n = n_text(table)
+    table = data.table("differences", "condition", "dataset", "metric")
+    pooled = [name for name in findings.pope_datasets(data) if split_name(name) == "all"]
+    names = findings.caption_datasets(data)[:1] + pooled
+    sizes = [
+        f"{'POPE' if name in pooled else split_name(name).capitalize()}: {n}"
+        for name in names
+        if (n := n_text(table, dataset=name))
+    ]
+    n = "; ".join(sizes)
     reference = findings.quoted(str(data.reference))
     return (
         f"Paired differences to {reference} on the same images, with {data.level} intervals; dashed: no difference. "
@@ -120,14 +127,17 @@ def caption_words(data: RunData) -> str:
     if not scenes:
         return ""
     one = scenes[0]
-    text = f"One scene, captioned under {findings.quoted(one.condition)}." if one.condition else "One captioned scene."
+    text = count(len(scenes), "scene") + (
+        f" captioned under {findings.quoted(one.condition)}." if one.condition else "."
+    )
     if not one.attention.empty:
         chosen, rest = (_heads(one, kind) for kind in (True, False))
         others = f"; in brackets the same for {rest} of these layers" if rest else ""
         text += (
-            f" Spotlights: mean attention of {chosen}, while the word above was predicted, over the image; the "
-            f"brightest patch has the most. Below: the share of all their attention that is on the image{others}. ✗ is "
-            "a hallucinated object. n = 1 caption: an illustration, no evidence."
+            f" Spotlights{' on the first scene' if len(scenes) > 1 else ''}: mean attention of {chosen} over the image, "
+            "while the word above the map was predicted; the brightest patch has the most. Below: the share of all "
+            f"their attention that is on the image{others}. ✗ is a hallucinated object. "
+            f"n = {count(len(scenes), 'caption')}: an illustration, no evidence."
         )
     return text
 

@@ -40,13 +40,13 @@ def head_findings(heads: pd.DataFrame) -> list[str]:
 def consistency_findings(table: pd.DataFrame) -> list[str]:
     """How far the ranking of heads depends on where it is measured."""
     parts = [
-        f"{row['comparison']} {number(float(row['spearman']), 2)}"
+        f"{row['comparison']}: {number(float(row['spearman']), 2)}"
         for row in table.to_dict("records")
         if np.isfinite(row["spearman"])
     ]
     if not parts:
         return []
-    return [f"Rank correlation of the heads' VHD: {'; '.join(parts)} (1: the same heads everywhere, 0: no agreement)."]
+    return [f"Rank correlation of the heads' VHD (1: the same heads everywhere, 0: no agreement): {'; '.join(parts)}."]
 
 
 def t_vhd_findings(
@@ -125,29 +125,29 @@ def scene_findings(data: RunData) -> list[str]:
 
 
 def scene_sentences(scene: Scene) -> list[str]:
-    """What one scene shows."""
+    """What one scene, the first of the showcase, shows."""
     sentences: list[str] = []
     named = scene.words[scene.words["label"].isin(["object", "hallucinated"])]
     wrong = [quoted(str(word)) for word in named.loc[named["label"] == "hallucinated", "word"]]
     if named.empty:
-        sentences.append("This caption names no object.")
+        sentences.append("The first caption names no object.")
     elif wrong:
         sentences.append(
             sentence(
-                f"of the {count(len(named), 'object')} named, {join(wrong)} {'is' if len(wrong) == 1 else 'are'} not "
+                f"of the {count(len(named), 'object')} named in the first caption, {join(wrong)} "
+                f"{'is' if len(wrong) == 1 else 'are'} not "
                 "in the image"
             )
         )
     else:
-        sentences.append(
-            sentence("every object named is in the image" if len(named) > 1 else "the object named is in the image")
-        )
+        sentences.append(f"{'Every' if len(named) > 1 else 'The'} object named in the first caption is in the image.")
     known = scene.words[np.isfinite(scene.words["t_vhd"].to_numpy(dtype=np.float64))]
     if len(known) > 1 and known["t_vhd"].max() > known["t_vhd"].min():
         most, least = known.loc[known["t_vhd"].idxmax()], known.loc[known["t_vhd"].idxmin()]
         sentences.append(
             sentence(
-                f"T-VHD is highest at {quoted(str(most['word']))} ({number(float(most['t_vhd']), 1)}) and lowest at "
+                f"its T-VHD is highest at {quoted(str(most['word']))} ({number(float(most['t_vhd']), 1)}) and lowest "
+                "at "
                 f"{quoted(str(least['word']))} ({number(float(least['t_vhd']), 1)})"
             )
         )
@@ -155,13 +155,8 @@ def scene_sentences(scene: Scene) -> list[str]:
     pairs = [(float(one.sum()), float(other.sum())) for one, other in shares if one is not None and other is not None]
     if pairs:
         chosen, others = (float(np.mean(side)) for side in zip(*pairs, strict=True))
-        relation = (
-            "more than"
-            if round(chosen, 2) > round(others, 2)
-            else "less than"
-            if round(chosen, 2) < round(others, 2)
-            else "as much as"
-        )
+        gap = round(chosen, 2) - round(others, 2)
+        relation = "more than" if gap > 0 else "less than" if gap < 0 else "as much as"
         sentences.append(
             sentence(
                 f"while naming objects the heads picked by reinforcement put {number(chosen, 2)} of their attention on "

@@ -199,6 +199,13 @@ def _limits(data: RunData) -> list[str]:
         "Differences are paired: both sides see the same images. They are not corrected for the number of comparisons "
         "on this page; read one of many that just excludes zero with care.",
     ]
+    n = findings.fewest_images(data)
+    if n is not None and n < findings.FEW_IMAGES:
+        limits.insert(
+            0,
+            f"With {count(n, 'image')} this run shows what a report looks like, not what the model does: bootstrap "
+            "intervals over so few images are too narrow.",
+        )
     if data.fact("seed") is not None or "seed" in data.config:
         limits.append("This is one run with one seed of one model.")
     if not any(one.role == "control" for one in data.conditions):

@@ -115,18 +115,18 @@ def caption_words(scene: Scene, width: float = WIDE, *, with_words: bool = True)
     """
     maps = _maps(scene)
     narrow = is_narrow(width)
-    columns = 2 if narrow else 3
+    columns = 2 if narrow else 4 if len(maps) == 4 else 3
     rows = math.ceil(len(maps) / columns)
     side = (width - 0.25 * (columns + 1)) / columns
+    picture = min(side, width / 3.3) if not narrow else side
+    text_width = width - 0.5 if narrow else width - picture - 0.8
     letters = sum(len(str(word)) + 2 for word in scene.words["word"])
-    text_width = width - 0.5 if narrow else width - side - 0.75
     text_height = max(1.0, 0.25 * math.ceil(letters * 0.085 / text_width) + 0.35)
-    top = (
-        (side + 0.45 + (text_height if narrow else 0) if not narrow or with_words else side + 0.45)
-        if with_words
-        else 0.0
-    )
-    block = side + (0.72 if narrow else 0.6)
+    top = 0.0
+    if with_words:
+        top = picture + 0.4 + text_height if narrow else max(picture, text_height) + 0.45
+    two_lines = side < 1.7
+    block = side + (0.72 if two_lines else 0.6)
     height = max(top + rows * block + 0.1, 1.0)
     figure = new_figure(width, height)
     figure.set_layout_engine("none")
@@ -136,23 +136,24 @@ def caption_words(scene: Scene, width: float = WIDE, *, with_words: bool = True)
 
     if with_words:
         if scene.image is not None:
-            scene_panel(scene.image, place(0.25, 0.3, side, side), title="the image")
+            scene_panel(scene.image, place(0.25, 0.3, picture, picture), title="the image")
         if narrow:
-            words_panel(scene.words, place(0.25, side + 0.4, text_width, text_height))
+            words_panel(scene.words, place(0.25, picture + 0.4, text_width, text_height))
         else:
-            words_panel(scene.words, place(side + 0.55, 0.2, text_width, max(side, text_height)))
+            words_panel(scene.words, place(picture + 0.55, 0.2, text_width, max(picture, text_height)))
     for i, (title, note, grid, colour) in enumerate(maps):
         left, upper = 0.25 + (i % columns) * (side + 0.25), top + 0.3 + (i // columns) * block
         ax = place(left, upper, side, side)
         if scene.image is not None:
-            attention_panel(scene.image, grid, ax, title=title)
-        ax.title.set_color(colour)
-        _note(ax, note.replace(" (", "\n(") if narrow else note)
+            attention_panel(scene.image, grid, ax)
+        _texts(ax, title, note.replace(" (", "\n(") if two_lines else note, colour)
     return figure
 
 
 @styled
-def _note(ax: Axes, note: str) -> None:
+def _texts(ax: Axes, title: str, note: str, colour: str) -> None:
+    """Title over a map and note under it."""
+    _bare(ax, "").set_title(title, color=colour, pad=3)
     ax.text(0, -0.03, note, transform=ax.transAxes, ha="left", va="top", fontsize=8, linespacing=1.15)
 
 
@@ -184,7 +185,10 @@ def _bare(ax: Axes, title: str) -> Axes:
 def _length(text: str, font: FontProperties) -> float:
     """Width of a text in points, without drawing it."""
     clean = text.strip()
-    return float(TextPath((0, 0), clean, prop=font, usetex=False).get_extents().width) if clean else 0.0
+    if not clean:
+        return 0.0
+    outline = TextPath((0, 0), clean, prop=font, usetex=False).get_extents()
+    return float(outline.width) * 1.03 + 0.15 * float(font.get_size_in_points())  # hinting widens letters on screens
 
 
 def _box(x: float, y: float, width: float, height: float, colour: str) -> Rectangle:

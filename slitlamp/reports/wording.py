@@ -185,33 +185,12 @@ def against_chance(
     return f"{subject} is {shown}, {'above' if estimate.low > chance else 'below'} {level}"
 
 
-def sentence(text: str) -> str:
-    """A clause as a sentence: first letter in upper case unless it begins a name such as "vhr", full stop at the end."""
-    stripped = text.strip()
+def sentence(clause: str) -> str:
+    """A clause as a sentence: first letter in upper case, full stop at the end. Names belong in quotation marks."""
+    stripped = clause.strip()
     if not stripped:
         return ""
-    first = stripped.split(" ", 1)[0]
-    if first in {
-        "the",
-        "with",
-        "without",
-        "of",
-        "at",
-        "in",
-        "every",
-        "no",
-        "between",
-        "this",
-        "on",
-        "for",
-        "when",
-        "among",
-        "compared",
-        "control",
-        "while",
-        "control’s",
-    }:
-        stripped = stripped[0].upper() + stripped[1:]
+    stripped = stripped[0].upper() + stripped[1:]
     return stripped if stripped[-1] in ".!?" else stripped + "."
 
 

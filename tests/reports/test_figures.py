@@ -277,3 +277,16 @@ def test_short_names_stay_different() -> None:
     assert len(set(short.values())) == len(names)
     assert max(map(len, short.values())) <= 20
     assert short["  spaces\n here "] == "spaces here"
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_every_figure_has_a_caption_with_n_and_sentences(demo_run: Path, name: str) -> None:
+    data = RunData(demo_run)
+    note, sentences = FIGURES[name].note(data), FIGURES[name].shows(data)
+    assert "n = " in note
+    assert note.endswith(".")
+    assert sentences
+    for text in (note, *sentences):
+        assert not set("{}") & set(text)
+        assert text[0] == text[0].upper()
+        assert "nan" not in text

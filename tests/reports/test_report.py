@@ -228,3 +228,11 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path, make_run: Callable[...
     (run / "tables" / "conditions.parquet").write_bytes(b"no parquet")
     with pytest.raises(RunFolderError, match=r"conditions\.parquet"):
         write_report(run)
+
+
+def test_few_images_are_said_to_be_too_few(make_run: Callable[..., Path]) -> None:
+    run = make_run(without=("head_divergence", "showcase", "recall_curve", "chair_mentions"))
+    scores = pd.read_parquet(run / "tables" / "conditions.parquet")
+    assert "too few for any conclusion" not in read(run)[1].text
+    scores.assign(n_images=4).to_parquet(run / "tables" / "conditions.parquet")
+    assert "Only 4 images: too few for any conclusion" in read(run)[1].text

@@ -165,4 +165,5 @@ def test_small_words() -> None:
     assert count(1500, "image") == "1,500 images"
     assert sentence("the image") == "The image."
     assert sentence("“vhr” lowers it") == "“vhr” lowers it."
+    assert sentence("recall is not defined.") == "Recall is not defined."
     assert sentence("") == ""
