@@ -52,7 +52,7 @@ FIGURES: Final[dict[str, RunFigure]] = {
         probe_findings.t_vhd_figure_findings,
     ),
     "caption_words": RunFigure(
-        "One scene, word by word", compose.caption_words, notes.caption_words, probe_findings.scene_findings
+        "Captioned scenes, word by word", compose.caption_words, notes.caption_words, probe_findings.scene_findings
     ),
     "mention_index": RunFigure(
         "Hallucination by order of mention", compose.mention_index, notes.mention_index, findings.mention_findings
