@@ -88,8 +88,8 @@ class Experiment:
         datasets = []
         for one in config.datasets:
             data = make_dataset(one.model_dump(exclude_none=True, exclude={"take"}), allowed)
-            take = one.take or config.take
-            datasets.append(data.take(take) if take else data)
+            limits = [take for take in (one.take, config.take) if take is not None]
+            datasets.append(data.take(min(limits)) if limits else data)
         return cls(
             model=config.model,
             dataset=datasets,

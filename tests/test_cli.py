@@ -1,0 +1,169 @@
+"""The command: what it prints, and one message with exit code 2 for everything that is wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import slitlamp
+from slitlamp.cli import main
+from slitlamp.experiments import Experiment, load_run
+from slitlamp.experiments.runner import Runner
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The working directory is empty; a model this small runs no faster on several threads."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("slitlamp.cli._silence_libraries", lambda: None)
+    torch.set_num_threads(1)
+
+
+def command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    code = ended.value.code
+    return 0 if code is None else int(code)
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert command(*arguments) == 2
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    return " ".join(shown.err.split())
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--version") == 0
+    assert capsys.readouterr().out.strip() == slitlamp.__version__
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("probes", ["HeadDivergence", "contrast='deleted'"]),
+        ("interventions", ["HeadReinforcement", "alpha=2.0"]),
+        ("datasets", ["emoji_scenes/pope_adversarial", "emoji_scenes/captions"]),
+        ("families", ["LLaVA-1.5", "llava_next"]),
+        ("experiments", ["demo"]),
+    ],
+)
+def test_lists(what: str, expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("list", what) == 0
+    shown = capsys.readouterr().out
+    assert all(one in shown for one in expected)
+
+
+def test_inspect_needs_no_weights(capsys: pytest.CaptureFixture[str], organism: slitlamp.VLM, tmp_path: Path) -> None:
+    source = Path(slitlamp.__file__).parent / "organism" / "weights" / "seed0"
+    shutil.copy(source / "config.json", tmp_path / "config.json")
+    assert command("inspect", str(tmp_path)) == 0
+    without = capsys.readouterr().out
+    assert command("inspect", "organism") == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "LLaVA-1.5",
+        "6 layers, 8 heads of 24, d_model 192",
+        "64 per image",
+        "resid_post",
+        "model.vision_tower",
+    ):
+        assert text in shown
+        assert text in without
+    assert f"{sum(one.numel() for one in organism.model.parameters()):,}" in without
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["list", "prbes"], "error: unknown list 'prbes'; did you mean 'probes'?"),
+        (["run", "dmo"], "no experiment 'dmo': it is neither a file nor a known name; did you mean 'demo'?"),
+        (
+            ["run", "demo", "--set", "batchsize=3"],
+            "--set batchsize=3: unknown key 'batchsize'; did you mean 'batch_size'?",
+        ),
+        (["run", "demo", "--set", "model=organism/seed7"], "there is no embedded model of seed 7"),
+        (["run", "broken.yaml"], "broken.yaml:2: malformed YAML"),
+        (["run", "demo", "--output", "broken.yaml"], "the output broken.yaml is a file"),
+        (["run", "demo", "--set", "output=/elsewhere/run"], "output: /elsewhere/run lies outside the folders"),
+        (["report", "nowhere"], "nowhere is not a run folder"),
+        (["inspect", "organism/seed7"], "no embedded model of seed 7"),
+        (["inspect", "."], "cannot read the configuration of '.'"),
+        (["train-organism", "--width", "20"], "width must be a positive multiple of 16"),
+        (["demo", "--nonsense"], "No such option"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("broken.yaml").write_text("datasets: [a\nseed: 1\n")
+    assert message in failure(capsys, *arguments)
+    assert {path.name for path in Path().iterdir()} <= {"broken.yaml"}, "nothing is written before all is checked"
+
+
+def test_a_run_from_a_file_and_its_report(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, organism: slitlamp.VLM
+) -> None:
+    """Small enough for a test, with every part of the demo: conditions, controls, probe, showcase, report."""
+    content = yaml.safe_load((ROOT / "experiments" / "demo.yaml").read_text())
+    content |= {"datasets": ["emoji_scenes/captions", "emoji_scenes/pope_random"], "controls": ["random"]}
+    content |= {"take": 2, "n_resamples": 100, "output": "out"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+
+    assert command("run", "mine.yaml", "--set", "seed=3") == 0
+    shown = capsys.readouterr()
+    assert "report: out/report.html" in shown.out
+    assert "CHAIR_i against baseline: vhr" in shown.out
+    run = load_run("out")
+    assert run.config["seed"] == 3
+    assert (run.folder / "report.html").stat().st_size > 10_000
+
+    assert "seed: the folder has 3, this run has 0" in failure(capsys, "run", "mine.yaml")
+    (run.folder / "report.html").unlink()
+    assert command("report", "out") == 0
+    assert (run.folder / "report.html").is_file()
+    assert run.figure("head_divergence").get_axes()
+    with pytest.raises(slitlamp.errors.UnknownNameError, match="did you mean 'head_divergence'"):
+        run.figure("head_divergenc")
+
+
+def test_ctrl_c_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Runner) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "run", interrupted)
+    assert command("demo", "--quick") == 130
+    assert "the same command goes on from here (runs/demo-quick)" in capsys.readouterr().err
+
+
+def test_the_demo_compares_vhr_with_its_controls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's own file: what it promises is in it, and everything that can be checked without a model is right."""
+    plans = []
+    monkeypatch.setattr(Experiment, "run", lambda self: plans.append(self.check()))
+    monkeypatch.setattr("slitlamp.cli._report", lambda run: None)
+    assert command("demo") == 0
+    (plan,) = plans
+    assert [one.name for one in plan.conditions] == ["baseline", "vhr", "vhr_random", "vhr_least", "vhr_all"]
+    assert {one.task for one in plan.datasets} == {"pope", "captions"}
+    assert len(plan.datasets) == 4
+    assert ("vhr", "vhr_random") in plan.comparisons
+    assert plan.folder.path == Path("runs/demo")
+
+
+def test_train_organism_is_wired(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def train(output: Path, config: object) -> Path:
+        calls.append((output, config))
+        return output / "final"
+
+    monkeypatch.setattr("slitlamp.organism.training.train_organism", train)
+    assert command("train-organism", "--seed", "4", "--steps", "30", "--card-images", "0", "--output", "there") == 0
+    ((output, config),) = calls
+    assert (output, config.seed) == (Path("there"), 4)
+    assert config.vision_steps + config.text_steps + config.joint_steps == 30
+    assert "there/final" in capsys.readouterr().out
