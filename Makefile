@@ -25,8 +25,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: .venv/.package
 	$(BIN)/slitlamp demo
 
+# Two processes of one thread each: the models of the tests are too small for two threads to help.
 test: .venv/.dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadscope
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
