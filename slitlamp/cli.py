@@ -96,6 +96,7 @@ def _run(config: Config, path: Path, output: Path | None, overwrite: bool) -> No
     folders = [path.resolve().parent, Path.cwd()]
     if output is None:
         output = inside(config.output or f"runs/{path.stem}", [Path.cwd(), *folders], "output")
+        output = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     experiment = Experiment.from_config(config, output=output, folders=folders, overwrite=overwrite)
     try:
         _report(experiment.run())
@@ -190,19 +191,29 @@ def train_organism(
     seed: Annotated[int, typer.Option(min=0, help="Of initialisation and scenes.")] = 0,
     width: Annotated[int, typer.Option(min=16, help="Of the decoder; a multiple of 16.")] = 192,
     steps: Annotated[int | None, typer.Option(min=3, help="Training steps in all; by default the full recipe.")] = None,
+    card_images: Annotated[int, typer.Option(min=0, max=256, help="Scenes measured for the card; 0 for none.")] = 256,
 ) -> None:
-    """Train the embedded model anew; a training that was killed goes on where it stopped."""
+    """Train the embedded model anew and measure it; a training that was killed goes on where it stopped."""
+    from slitlamp.experiments.organism_card import measure_organism, write_card_tables
+    from slitlamp.organism.build import build_config
     from slitlamp.organism.training import TrainingConfig
     from slitlamp.organism.training import train_organism as train
 
     _silence_libraries()
     try:
+        build_config(width)  # refuses a width before anything is written
         config = TrainingConfig(seed=seed, width=width)
         final = train(output, config if steps is None else config.scaled(steps))
     except ValueError as error:  # the embedded model's code depends on nothing of slitlamp, its errors included
         err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         raise SystemExit(2) from None
     out.print(Text.assemble("model: ", (str(final), "bold")), soft_wrap=True)
+    if card_images:
+        from slitlamp.vlm import VLM
+
+        measured = measure_organism(VLM.from_pretrained(final), n_images=card_images)
+        card = write_card_tables(final, {f"seed {seed}": measured})
+        out.print(Text.assemble("card:  ", (str(card), "bold")), soft_wrap=True)
 
 
 def _silence_libraries() -> None:
