@@ -13,6 +13,7 @@ import slitlamp
 from slitlamp.cli import main
 from slitlamp.experiments import Experiment, load_run
 from slitlamp.experiments.runner import Runner
+from slitlamp.organism.stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -165,5 +166,5 @@ def test_train_organism_is_wired(capsys: pytest.CaptureFixture[str], monkeypatch
     assert command("train-organism", "--seed", "4", "--steps", "30", "--card-images", "0", "--output", "there") == 0
     ((output, config),) = calls
     assert (output, config.seed) == (Path("there"), 4)
-    assert config.vision_steps + config.text_steps + config.joint_steps == 30
+    assert sum(config.stage_steps(stage) for stage in STAGES) == 30
     assert "there/final" in capsys.readouterr().out
