@@ -24,8 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-
-import inflect
+from typing import Any
 
 from slitlamp.errors import InputError, unknown
 from slitlamp.evaluation.files import read_text
@@ -66,7 +65,6 @@ ANIMALS = ("animal", "bear", "bird", "cat", "cow", "cub", "dog", "elephant", "gi
 VEHICLES = ("jet", "train")
 
 _TOKEN = re.compile(r"[^\W_]+(?:-[^\W_]+)*|[^\w\s]")
-_INFLECT = inflect.engine()
 
 
 @dataclass(frozen=True)
@@ -182,5 +180,12 @@ def _word_starts(caption: str) -> list[int]:
 
 
 @cache
+def _engine() -> Any:
+    import inflect  # two seconds of import, which only captions need
+
+    return inflect.engine()
+
+
+@cache
 def _singular(word: str) -> str:
-    return str(_INFLECT.singular_noun(word) or word)
+    return str(_engine().singular_noun(word) or word)

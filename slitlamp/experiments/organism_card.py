@@ -7,7 +7,7 @@ intervals over scenes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,22 +105,28 @@ class _Runner:
     vlm: VLM
     batch_size: int
     advance: Callable[[int], None]
+    known: dict[tuple[Path | None, str, int], str] = field(default_factory=dict)
 
     def answers(self, items: Sequence[Item], *, max_new_tokens: int, picture: str = PICTURES[0]) -> list[str]:
+        """The answer to every item; one that was given before to the same picture and prompt is not generated again."""
         files = list(dict.fromkeys(item.image for item in items))
         after = dict(zip(files, [*files[1:], files[0]], strict=True))
+        shown = {
+            PICTURES[0]: lambda item: item.image,
+            PICTURES[1]: lambda item: None,
+            PICTURES[2]: lambda i: after[i.image],
+        }
+        keys = [(shown[picture](item), item.prompt, max_new_tokens) for item in items]
+        wanted = [key for key in dict.fromkeys(keys) if key not in self.known]
         blank = blank_image()
-        texts: list[str] = []
-        for start in range(0, len(items), self.batch_size):
-            chunk = items[start : start + self.batch_size]
-            images: list[Any] = [
-                item.image if picture == PICTURES[0] else blank if picture == PICTURES[1] else after[item.image]
-                for item in chunk
-            ]
-            batch = self.vlm.encode(images=images, prompts=[item.prompt for item in chunk])
-            texts += self.vlm.generate(batch, max_new_tokens=max_new_tokens).texts
-            self.advance(len(chunk))
-        return texts
+        for start in range(0, len(wanted), self.batch_size):
+            chunk = wanted[start : start + self.batch_size]
+            images = [blank if file is None else file for file, _, _ in chunk]
+            batch = self.vlm.encode(images=images, prompts=[prompt for _, prompt, _ in chunk])
+            texts = self.vlm.generate(batch, max_new_tokens=max_new_tokens).texts
+            self.known |= dict(zip(chunk, texts, strict=True))
+        self.advance(len(items))
+        return [self.known[key] for key in keys]
 
 
 def _pope(card: _Card, run: _Runner, split: str, data: Dataset, scenes: dict[str, Scene]) -> None:

@@ -134,6 +134,9 @@ def vision_tower_of(config: PreTrainedConfig) -> VisionTower:
 
 def families_table() -> str:
     """The known families as a Markdown table: name, `model_type`, vision towers, and what their image tokens are."""
-    towers = ", ".join(f"{name.removesuffix('_vision_model')}{'' if one.has_cls else ' (no CLS)'}" for name, one in VISION_TOWERS.items())
+    towers = ", ".join(
+        f"{name.removesuffix('_vision_model')}{'' if one.has_cls else ' (no CLS)'}"
+        for name, one in VISION_TOWERS.items()
+    )
     rows = [f"| {one.name} | `{one.model_type}` | {towers} | {one.image_tokens} |" for one in FAMILIES.values()]
     return "\n".join(["| family | `model_type` | vision towers | image tokens |", "|---|---|---|---|", *rows])
