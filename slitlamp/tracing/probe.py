@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -33,24 +34,27 @@ class ProbeResult:
     Attributes:
         name: the probe's name.
         tables: tidy tables by name.
-        captions: a plain-language line for each figure, by name.
         summary: what was found, in a sentence or two, with intervals.
-        draw: functions that draw the figures, by name; see `figures`.
     """
 
     name: str
     tables: dict[str, pd.DataFrame]
     summary: str
-    captions: dict[str, str] = field(default_factory=dict)
-    draw: dict[str, Callable[[], Figure]] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Figure]:
-        """The figures, drawn now."""
-        return {name: function() for name, function in self.draw.items()}
+        """The figures by name, drawn now from the tables.
+
+        What draws them is found by the probe's name among the entry points `slitlamp.probe_figures`: functions of the
+        tables that return figures by name. A probe that declares none has no figures.
+        """
+        drawn: dict[str, Figure] = {}
+        for point in entry_points(group="slitlamp.probe_figures", name=self.name):
+            drawn |= point.load()(self.tables)
+        return drawn
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {table.shape}" for name, table in self.tables.items())
-        return f"{self.name}: {self.summary}\n  tables: {shapes}\n  figures: {', '.join(self.draw)}"
+        return f"{self.name}: {self.summary}\n  tables: {shapes}"
 
 
 class Probe(ABC):

@@ -205,3 +205,14 @@ def test_labels_reach_their_tokens(llava: VLM, caption: Any) -> None:
     tokens = probe.result().tables["tokens"]
     assert tokens[tokens["label"] == "hallucinated"][["item", "token", "word"]].values.tolist() == [["a", 1, "dog"]]
     assert (tokens["label"] == "").sum() == 5
+
+
+def test_figures_are_drawn_from_the_tables(llava: VLM, caption: Any) -> None:
+    probe = HeadDivergence(n_resamples=20)
+    table = pd.DataFrame({"token": [0, 1], "word": ["dog", "cat"], "label": ["object", "hallucinated"]})
+    llava.measure(probe, caption, [table, table])
+    result = probe.result()
+    figures = result.figures()
+    assert set(figures) == {"head_map", "head_intervals", "t_vhd_histogram"}
+    drawn = np.asarray(figures["head_map"].axes[0].collections[0].get_array()).ravel()
+    np.testing.assert_allclose(drawn, result.tables["heads"]["vhd"])
