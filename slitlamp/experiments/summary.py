@@ -65,4 +65,6 @@ def _main_dataset(rows: pd.DataFrame) -> str:
 
 def _text(row: Mapping[str, Any] | pd.Series, *, sign: bool = False) -> str:
     form = "+.3f" if sign else ".3f"
+    if pd.isna(row["low"]):
+        return f"{row['value']:{form}} (too few images for an interval)"
     return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
