@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -99,6 +99,23 @@ class HeadReinforcement(Intervention):
             "least": replace(self, select="least"),
             "all": replace(self, select="all", alpha=1 + (self.alpha - 1) / 2),
         }
+
+    def describe(self) -> str:
+        """What this does, in a few plain words, with every parameter that is not the default."""
+        which = {
+            "divergent": "the half of the heads that react most to the image",
+            "random": "as many heads drawn at random",
+            "least": "as many heads, those that react least to the image",
+            "all": "all heads",
+        }[self.select]
+        if self.heads is not None:
+            which = f"{len(self.heads)} fixed heads"
+        changed = [
+            f"{one.name}={getattr(self, one.name)!r}"
+            for one in fields(self)
+            if one.init and one.name not in ("alpha", "select") and getattr(self, one.name) != one.default
+        ]
+        return f"{which} x {self.alpha:g}" + (f" ({', '.join(changed)})" if changed else "")
 
     def edits(self, run: RunContext) -> list[Edit]:
         """Scale the chosen heads at the input of each layer's output projection."""

@@ -87,9 +87,7 @@ def measure_organism(
         for split, data in splits.items():
             _pope(card, run, split, data, scenes)
         _captions(card, run, captions, scenes)
-        answers = run.answers([item for item, _ in where], max_new_tokens=8)
-        hit = [text.rstrip(". ") == answer for text, (_, answer) in zip(answers, where, strict=True)]
-        card.add_share("where is the ...?", "own image", "accuracy", hit, [item.image.name for item, _ in where])
+        _where(card, run, where)
     columns = ["what", "on", "metric", "value", "low", "high", "n_scenes"]
     return pd.DataFrame(card.rows, columns=columns)
 
@@ -221,6 +219,17 @@ def _image_attention(card: _Card, vlm: VLM, data: Dataset, mentions: pd.DataFram
             card.add_interval("attention on the image", label, "share", cast(Interval, mean))
 
 
+def _where(card: _Card, run: _Runner, items: Sequence[tuple[Item, str]]) -> None:
+    """Positions on a 3 x 3 grid; chance is what always giving the most frequent answer would get."""
+    texts = run.answers([item for item, _ in items], max_new_tokens=8)
+    answers = [answer for _, answer in items]
+    scenes = [item.image.name for item, _ in items]
+    hit = [text.lower().rstrip(". ") == answer for text, answer in zip(texts, answers, strict=True)]
+    card.add_share("where is the ...?", "own image", "accuracy", hit, scenes)
+    commonest = max(set(answers), key=answers.count)
+    card.add_share("where is the ...?", "chance", "accuracy", [answer == commonest for answer in answers], scenes)
+
+
 def _where_items(data: Dataset, scenes: dict[str, Scene]) -> list[tuple[Item, str]]:
     """One question for the position of every object, with its answer."""
     found = []
@@ -228,7 +237,7 @@ def _where_items(data: Dataset, scenes: dict[str, Scene]) -> list[tuple[Item, st
         for one in scenes[item.image.name].objects:
             prompt = to_text(where_question(one.category))
             question = Item(f"{item.id}.{one.category}", item.image, prompt, item.image_id, object=one.category)
-            found.append((question, to_text(position_tokens(one))))
+            found.append((question, to_text(position_tokens(one)).lower()))
     return found
 
 

@@ -130,3 +130,9 @@ def test_unknown_options_name_the_known(llava: VLM, parameters: dict[str, Any]) 
 def test_text_only_rows_are_refused(llava: VLM) -> None:
     with pytest.raises(InputError, match="needs an image"), llava.apply(HeadReinforcement()):
         llava.forward(llava.encode(prompts=["is there a dog ?"]))
+
+
+def test_a_description_says_what_is_done_and_what_is_not_default() -> None:
+    assert HeadReinforcement().describe() == "the half of the heads that react most to the image x 2"
+    assert HeadReinforcement(alpha=1.5, select="all", layers=[1]).describe() == "all heads x 1.5 (layers=[1])"
+    assert HeadReinforcement(heads=[(0, 1)]).describe() == "1 fixed heads x 2 (heads=[(0, 1)])"
