@@ -57,8 +57,8 @@ def reference_line(ax: Axes, at: float, name: str = "", *, horizontal: bool = Fa
         return
     if horizontal:
         ax.annotate(
-            name, (1, at), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
-            ha="right", va="bottom", fontsize=8, color="#595959",
+            name, (0, at), xycoords=("axes fraction", "data"), xytext=(3, 2), textcoords="offset points",
+            ha="left", va="bottom", fontsize=8, color="#595959",
         )  # fmt: skip
     else:
         ax.annotate(

@@ -11,6 +11,7 @@ from slitlamp.reports.summaries import mention_index_trend
 from slitlamp.reports.wording import (
     Estimate,
     against_chance,
+    against_others,
     beyond_control,
     change,
     changes,
@@ -80,6 +81,11 @@ def headline(data: RunData) -> list[str]:
                 if other is not None:
                     words = f"the control {quoted(control.name)}"
                     sentences.append(sentence(beyond_control(quoted(name), words, "CHAIR_i", effect, other, direct)))
+            others = [(quoted(one.name), difference(data, name, one.name, dataset, "chair_i")) for one in own[1:]]
+            rest = against_others(
+                quoted(name), "CHAIR_i", [(one, direct) for one, direct in others if direct is not None]
+            )
+            sentences += [sentence(rest)] if rest else []
         matched = data.table("matched_differences", "condition", "reference", "value", "low", "high")
         equal = estimate(matched, condition=name, reference=first.name)
         if equal is not None:

@@ -26,6 +26,10 @@ def head_findings(heads: pd.DataFrame) -> list[str]:
     where += f"with a VHD of {value.text(2)}"
     if median > 0 and len(rows) > 1:
         where += f", {number(value.value / median, 1)} times that of the median head ({number(median, 2)})"
+    if "selected" in rows.columns and np.isfinite(top["selected"]):
+        where += (
+            f"; reinforcement, with its outlier rule, picks it in {number(float(top['selected']), 2)} of the images"
+        )
     sentences = [sentence(where)]
     means = rows.groupby("layer")["vhd"].mean()
     if len(means) > 1:

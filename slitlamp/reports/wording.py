@@ -170,6 +170,25 @@ def beyond_control(
     return sentence
 
 
+def against_others(subject: str, measure: str, differences: Sequence[tuple[str, Estimate]], digits: int = 3) -> str:
+    """A number of a condition minus that of several controls, and which of these differences exclude zero, as a clause."""
+    known = [(name, one) for name, one in differences if one.has_interval]
+    if not known:
+        return ""
+    shown = join([f"{one.text(digits, signed=True)} ({name})" for name, one in known])
+    clear = [name for name, one in known if one.direction]
+    if len(known) == 1:
+        verdict = "distinguishable from zero" if clear else "not distinguishable from zero"
+        return f"{measure} of {subject} minus that of another control is {shown}, {verdict}"
+    if not clear:
+        verdict = "none of these is distinguishable from zero"
+    elif len(clear) == len(known):
+        verdict = "all of these are distinguishable from zero"
+    else:
+        verdict = f"only the difference to {join(clear)} is distinguishable from zero"
+    return f"{measure} of {subject} minus that of the other controls is {shown}: {verdict}"
+
+
 def against_chance(
     subject: str, estimate: Estimate, chance: float, chance_name: str = "chance", digits: int = 3
 ) -> str:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from slitlamp.reports.wording import (
     Estimate,
     against_chance,
+    against_others,
     beyond_control,
     change,
     changes,
@@ -167,3 +168,19 @@ def test_small_words() -> None:
     assert sentence("“vhr” lowers it") == "“vhr” lowers it."
     assert sentence("recall is not defined.") == "Recall is not defined."
     assert sentence("") == ""
+
+
+def test_several_controls_in_one_clause() -> None:
+    clear, unclear = Estimate(-0.03, -0.05, -0.01), Estimate(-0.01, -0.03, 0.01)
+    both = "m of T minus that of the other controls is -.030 [-.050, -.010] (a) and -.010 [-.030, +.010] (b): "
+    assert plain(against_others("T", "m", [("a", clear), ("b", unclear)])) == both + (
+        "only the difference to a is distinguishable from zero"
+    )
+    assert against_others("T", "m", [("a", clear), ("b", clear)]).endswith("all of these are distinguishable from zero")
+    assert against_others("T", "m", [("a", unclear), ("b", unclear)]).endswith(
+        "none of these is distinguishable from zero"
+    )
+    assert plain(against_others("T", "m", [("a", unclear), ("b", Estimate(0.1))])) == (
+        "m of T minus that of another control is -.010 [-.030, +.010] (a), not distinguishable from zero"
+    )
+    assert against_others("T", "m", []) == ""
