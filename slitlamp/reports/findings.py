@@ -73,6 +73,9 @@ def headline(data: RunData) -> list[str]:
             if effect is None:
                 continue
             sentences.append(sentence(change(quoted(name), "CHAIR_i", effect)))
+            recall = difference(data, name, reference, dataset, "recall")
+            if recall is not None and recall.direction:
+                sentences.append(sentence(change(quoted(name), "recall", recall)))
             for control in own[:1]:
                 other, direct = (
                     difference(data, control.name, reference, dataset, "chair_i"),

@@ -161,12 +161,14 @@ def beyond_control(
         )
     lower = direct.direction == "down"
     relation = "lower" if lower else "higher"
-    same_way = effect.direction == direct.direction
     sentence = f"{first}; with {subject} {measure} is {relation} than with {control}, {_amount(direct, digits)}"
-    if same_way:
+    if effect.direction == direct.direction:
         return f"{sentence}: the effect of {subject} goes beyond this control"
     if of_control.direction == ("up" if lower else "down"):
         return f"{sentence}: the control is the one that moves {measure} {'up' if lower else 'down'} more"
+    if not effect.direction:
+        which = f"the effect of {subject} itself is not" if of_control.direction else "neither effect is"
+        return f"{sentence}, although {which} distinguishable from zero"
     return sentence
 
 
