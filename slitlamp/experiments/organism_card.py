@@ -77,7 +77,8 @@ def measure_organism(
     """
     splits = {split: _first(load_dataset(f"emoji_scenes/pope_{split}"), n_images) for split in SPLITS}
     captions = _first(load_dataset("emoji_scenes/captions"), n_images)
-    scenes = {item.image.name: make_scene(SEED, int(item.image.stem))[0] for item in captions.items}
+    images = {image for data in (captions, *splits.values()) for image in data.images}
+    scenes = {image.name: make_scene(SEED, int(image.stem))[0] for image in sorted(images)}
     where = _where_items(captions, scenes)
     total = len(PICTURES) * sum(len(one) for one in splits.values()) + 2 * len(captions) + len(where)
     card = _Card([])
@@ -103,24 +104,25 @@ class _Runner:
     vlm: VLM
     batch_size: int
     advance: Callable[[int], None]
-    known: dict[tuple[Path | None, str, int], str] = field(default_factory=dict)
+    known: dict[tuple[Path | None, str], str] = field(default_factory=dict)
 
     def answers(self, items: Sequence[Item], *, max_new_tokens: int, picture: str = PICTURES[0]) -> list[str]:
         """The answer to every item; one that was given before to the same picture and prompt is not generated again."""
         files = list(dict.fromkeys(item.image for item in items))
         after = dict(zip(files, [*files[1:], files[0]], strict=True))
-        shown = {
-            PICTURES[0]: lambda item: item.image,
-            PICTURES[1]: lambda item: None,
-            PICTURES[2]: lambda i: after[i.image],
-        }
-        keys = [(shown[picture](item), item.prompt, max_new_tokens) for item in items]
+        keys = [
+            (
+                item.image if picture == PICTURES[0] else None if picture == PICTURES[1] else after[item.image],
+                item.prompt,
+            )
+            for item in items
+        ]
         wanted = [key for key in dict.fromkeys(keys) if key not in self.known]
         blank = blank_image()
         for start in range(0, len(wanted), self.batch_size):
             chunk = wanted[start : start + self.batch_size]
-            images = [blank if file is None else file for file, _, _ in chunk]
-            batch = self.vlm.encode(images=images, prompts=[prompt for _, prompt, _ in chunk])
+            images = [blank if file is None else file for file, _ in chunk]
+            batch = self.vlm.encode(images=images, prompts=[prompt for _, prompt in chunk])
             texts = self.vlm.generate(batch, max_new_tokens=max_new_tokens).texts
             self.known |= dict(zip(chunk, texts, strict=True))
         self.advance(len(items))

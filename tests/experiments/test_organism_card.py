@@ -32,7 +32,10 @@ def test_the_model_reads_its_image(measured: pd.DataFrame) -> None:
     for split in ("random", "popular", "adversarial"):
         assert value(measured, f"POPE {split}", "own image", "accuracy") > 0.7
         assert value(measured, f"POPE {split}", "another scene's image", "accuracy") < 0.68
-    assert value(measured, "captions", "own image", "chair_i") < value(measured, "captions", "blank image", "chair_i") - 0.3
+    assert (
+        value(measured, "captions", "own image", "chair_i")
+        < value(measured, "captions", "blank image", "chair_i") - 0.3
+    )
 
 
 def test_positions_are_better_than_the_commonest_answer(measured: pd.DataFrame) -> None:
