@@ -197,6 +197,9 @@ class VLM:
     def trace(self, *sites: Site) -> Iterator[Trace]:
         """Record sites in the one `forward` or `generate` that runs inside.
 
+        Recording attention runs the model by SDPA for that run, also one that was loaded with eager attention: its answers
+        then differ by rounding.
+
         Raises:
             UnknownNameError, InputError: a site that this model does not have.
         """
@@ -333,7 +336,10 @@ class VLM:
         )
 
     def measure(self, probe: Probe, batch: Batch, labels: Labels | None = None) -> None:
-        """Run a batch, and the other versions of it that a probe asks for, and give the recordings to the probe."""
+        """Run a batch, and the other versions of it that a probe asks for, and give the recordings to the probe.
+
+        Interventions in force act on the batch itself; its other versions (without the image, say) run unmodified.
+        """
         sites = probe.sites(self.anatomy)
         with self.trace(*sites) as trace:
             self.forward(batch, logits_to_keep=1)
