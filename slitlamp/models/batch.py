@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL.Image import Image
@@ -29,6 +29,11 @@ class Batch:
         ids: per row, the item's id.
         n_generated: per row, how many tokens at the end continue the prompt (see `with_continuation`).
         extra: the other inputs of the model (`pixel_values`, ...).
+        aligned: inputs that run along the positions, [batch, position, ...], 0 at padding (`token_type_ids`, ...).
+        fills: the value of each aligned input at tokens put after the prompt: a number, or "last" for that of the token
+            before.
+        cross_mask: for families that read the image by cross-attention, bool [batch, key]: which keys of it are tokens
+            of an image. None for all others.
         pad_token_id: the id at padding positions.
         image_token_id: the id at image positions.
     """
@@ -43,6 +48,9 @@ class Batch:
     pad_token_id: int
     image_token_id: int
     extra: dict[str, Any] = field(default_factory=dict)
+    aligned: dict[str, Tensor] = field(default_factory=dict)
+    fills: Mapping[str, int | Literal["last"]] = field(default_factory=dict)
+    cross_mask: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -68,6 +76,11 @@ class Batch:
     def prompt_lengths(self) -> list[int]:
         """Per row, the number of prompt positions (no padding, no continuation)."""
         return [n - generated for n, generated in zip(self.lengths, self.n_generated, strict=True)]
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Per row, how many pictures its images make for the vision tower."""
+        return tuple(one.n_tiles for one in self.patches)
 
     @property
     def has_images(self) -> bool:
@@ -116,7 +129,7 @@ class Batch:
 
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments for the Hugging Face model."""
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.extra}
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.aligned, **self.extra}
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
@@ -127,45 +140,51 @@ class Batch:
             attention_mask=self.attention_mask.to(device),
             image_mask=self.image_mask.to(device),
             extra=extra,
+            aligned={name: value.to(device) for name, value in self.aligned.items()},
+            cross_mask=None if self.cross_mask is None else self.cross_mask.to(device),
         )
 
-    def _rows(self) -> list[tuple[Tensor, Tensor]]:
-        return [
-            (ids[real], image[real])
-            for ids, image, real in zip(self.input_ids, self.image_mask, self.real_mask, strict=True)
-        ]
-
-    def _repacked(self, rows: Sequence[tuple[Tensor, Tensor]], **changes: Any) -> Batch:
-        """The batch with other tokens: rows of (ids, image mask) without padding, padded on the left again."""
-        length = max(len(ids) for ids, _ in rows)
+    def _repacked(self, rows: Sequence[tuple[Tensor, Sequence[int]]], **changes: Any) -> Batch:
+        """The batch with other tokens, padded on the left again: per row, the positions that stay and the ids that follow."""
+        length = max(len(kept) + len(more) for kept, more in rows)
         ids = self.input_ids.new_full((len(rows), length), self.pad_token_id)
         mask = self.attention_mask.new_zeros(len(rows), length)
         image = self.image_mask.new_zeros(len(rows), length)
-        for row, (row_ids, row_image) in enumerate(rows):
-            start = length - len(row_ids)
-            ids[row, start:] = row_ids
+        aligned = {
+            name: values.new_zeros(len(rows), length, *values.shape[2:]) for name, values in self.aligned.items()
+        }
+        for row, (kept, more) in enumerate(rows):
+            start, end = length - len(kept) - len(more), length - len(more)
+            ids[row, start:end] = self.input_ids[row, kept]
+            ids[row, end:] = torch.tensor(list(more), dtype=ids.dtype, device=ids.device)
             mask[row, start:] = 1
-            image[row, start:] = row_image
-        return replace(self, input_ids=ids, attention_mask=mask, image_mask=image, **changes)
+            image[row, start:end] = self.image_mask[row, kept]
+            for name, values in aligned.items():
+                values[row, start:end] = self.aligned[name][row, kept]
+                fill = self.fills[name]
+                values[row, end:] = values[row, end - 1].clone() if fill == "last" else fill
+        return replace(self, input_ids=ids, attention_mask=mask, image_mask=image, aligned=aligned, **changes)
+
+    def _positions(self, mask: Tensor) -> list[Tensor]:
+        """Per row, the positions at which a mask [batch, position] is true."""
+        return [row.nonzero()[:, 0] for row in mask]
 
     def without_images(self) -> Batch:
         """The same prompts with every image token deleted: shorter rows, no pixels (the image-free input of VHD)."""
-        rows = [(ids[~image], image[~image]) for ids, image in self._rows()]
+        rows: list[tuple[Tensor, Sequence[int]]] = [(kept, ()) for kept in self._positions(self.text_mask)]
         empty = Patches.join([])
         return self._repacked(
             rows,
             patches=tuple(empty for _ in rows),
             images=tuple(() for _ in rows),
             extra={},
+            cross_mask=None,
         )
 
     def prompt_only(self) -> Batch:
         """The batch without its continuation."""
-        rows = [
-            (ids[: len(ids) - n], image[: len(ids) - n])
-            for (ids, image), n in zip(self._rows(), self.n_generated, strict=True)
-        ]
-        return self._repacked(rows, n_generated=tuple(0 for _ in rows))
+        prompt = self.real_mask & ~self.generated_mask
+        return self._repacked([(kept, ()) for kept in self._positions(prompt)], n_generated=tuple(0 for _ in self.ids))
 
     def with_continuation(self, tokens: Sequence[Sequence[int]]) -> Batch:
         """The batch with tokens put after each prompt, to be run in one forward pass (teacher forcing).
@@ -181,15 +200,15 @@ class Batch:
             raise InputError(
                 f"with_continuation takes one list of tokens per row: {self.size} rows, {len(tokens)} lists"
             )
-        rows = []
-        for (ids, image), more in zip(self.prompt_only()._rows(), tokens, strict=True):
+        for more in tokens:
             if self.image_token_id in more:
                 raise InputError(
                     f"the continuation holds the image token (id {self.image_token_id}), which has no image of its own"
                 )
-            added = torch.tensor(list(more), dtype=ids.dtype, device=ids.device)
-            rows.append((torch.cat([ids, added]), torch.cat([image, image.new_zeros(len(added))])))
-        return self._repacked(rows, n_generated=tuple(len(more) for more in tokens))
+        prompt = self._positions(self.real_mask & ~self.generated_mask)
+        return self._repacked(
+            list(zip(prompt, tokens, strict=True)), n_generated=tuple(len(more) for more in tokens)
+        )
 
     def with_pixels(self, pixel_values: Tensor) -> Batch:
         """The batch with other pixels of the same shape.

@@ -66,7 +66,8 @@ def encode(
         for row, sources in enumerate(per_prompt(images, len(texts)))
     ]
 
-    placeholder = str(processor.image_token)
+    family = anatomy.family
+    placeholder = None if family.placeholder is None else str(getattr(processor, family.placeholder))
     template = getattr(processor, "chat_template", None)
     use_chat = bool(template) if chat is None else chat
     if use_chat and not template:
@@ -78,26 +79,24 @@ def encode(
         _check_placeholders(text, len(row_images), placeholder, row, may_be_left_out=use_chat)
         rows.append(_chat(processor, text, len(row_images), placeholder) if use_chat else text)
 
-    processed = _process(processor, rows, [image for row_images in loaded for image in row_images])
+    processed = _process(processor, rows, loaded, per_prompt=family.images == "per prompt")
     input_ids: Tensor = processed["input_ids"]
     image_mask = input_ids == anatomy.image_token_id
     patches = _patches(config, anatomy, processed, [len(row_images) for row_images in loaded])
     for row, found in enumerate(image_mask.sum(dim=1).tolist()):
-        if found != len(patches[row]):
+        if family.cross is None and found != len(patches[row]):
             raise UnsupportedError(
                 f"prompt {row}: the processor made {found} image tokens, but the {anatomy.family.name} entry expects "
                 f"{len(patches[row])} for its images; patch size, feature layer and select strategy of processor "
                 "and model must agree"
             )
-    extra = {}
-    for name, value in processed.items():
-        if name not in ("input_ids", "attention_mask"):
-            moved = value.to(device) if isinstance(value, Tensor) else value
-            extra[name] = moved.to(dtype) if isinstance(moved, Tensor) and moved.is_floating_point() else moved
+    inputs = {name: _to(value, device, dtype) for name, value in processed.items()}
+    aligned = {name: inputs.pop(name) for name in family.aligned if name in inputs}
+    ids_, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
     pad = processor.tokenizer.pad_token_id
     return Batch(
-        input_ids=input_ids.to(device),
-        attention_mask=processed["attention_mask"].to(device),
+        input_ids=ids_,
+        attention_mask=mask,
         image_mask=image_mask.to(device),
         patches=tuple(patches),
         images=tuple(tuple(row_images) for row_images in loaded),
@@ -105,11 +104,24 @@ def encode(
         n_generated=tuple(0 for _ in texts),
         pad_token_id=int(pad if pad is not None else processor.tokenizer.eos_token_id),
         image_token_id=anatomy.image_token_id,
-        extra=extra,
+        extra=inputs,
+        aligned=aligned,
+        fills=dict(family.aligned),
+        cross_mask=None if family.cross is None else family.cross(config, processed).to(device),
     )
 
 
-def _check_placeholders(text: str, n_images: int, placeholder: str, row: int, *, may_be_left_out: bool) -> None:
+def _to(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+
+def _check_placeholders(
+    text: str, n_images: int, placeholder: str | None, row: int, *, may_be_left_out: bool
+) -> None:
+    if placeholder is None:
+        return
     found = text.count(placeholder)
     if found == n_images or (found == 0 and may_be_left_out):
         return
@@ -119,10 +131,10 @@ def _check_placeholders(text: str, n_images: int, placeholder: str, row: int, *,
     raise InputError(f"prompt {row}: {n_images} images for {found} placeholders {placeholder!r}{hint}")
 
 
-def _chat(processor: Any, text: str, n_images: int, placeholder: str) -> str:
+def _chat(processor: Any, text: str, n_images: int, placeholder: str | None) -> str:
     """One user turn with the images where the placeholders are, or before the text."""
     content: list[dict[str, str]] = []
-    if placeholder in text:
+    if placeholder is not None and placeholder in text:
         for number, piece in enumerate(text.split(placeholder)):
             if number:
                 content.append({"type": "image"})
@@ -137,7 +149,7 @@ def _chat(processor: Any, text: str, n_images: int, placeholder: str) -> str:
     )
 
 
-def _process(processor: Any, texts: list[str], images: list[Image]) -> Mapping[str, Any]:
+def _process(processor: Any, texts: list[str], images: list[list[Image]], *, per_prompt: bool) -> Mapping[str, Any]:
     tokenizer = processor.tokenizer
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("this processor's tokenizer has neither a padding nor an end token; set tokenizer.pad_token")
@@ -152,7 +164,9 @@ def _process(processor: Any, texts: list[str], images: list[Image]) -> Mapping[s
                 f"prompt {odd} {found} the start token {start!r}, unlike prompt 0; write it in all or in none"
             )
         options["add_special_tokens"] = False  # the chat template, or the user, has put it already
-    processed: Mapping[str, Any] = processor(text=texts, images=images or None, **options)
+    flat = [image for of_prompt in images for image in of_prompt]
+    given = None if not flat else images if per_prompt else flat
+    processed: Mapping[str, Any] = processor(text=texts, images=given, **options)
     return processed
 
 

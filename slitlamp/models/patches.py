@@ -29,6 +29,7 @@ class Patches:
             tokens.
         view: int64 [token], 0 for the view of the whole image, 1 for the high-resolution grid put together from tiles.
         grids: (image, view) -> (rows, columns).
+        n_tiles: how many pictures (tiles) the images make for the vision tower.
     """
 
     image: Tensor
@@ -36,6 +37,7 @@ class Patches:
     column: Tensor
     view: Tensor
     grids: Mapping[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    n_tiles: int = 0
 
     def __len__(self) -> int:
         return int(self.image.numel())
@@ -88,6 +90,7 @@ class Patches:
             column=torch.cat([one.column for one in images]),
             view=torch.cat([one.view for one in images]),
             grids=grids,
+            n_tiles=sum(one.n_tiles for one in images),
         )
 
 
@@ -119,7 +122,7 @@ def llava_patches(
     height, width = processed["pixel_values"].shape[-2:]
     row, column, shape = _base_grid(config, int(height), int(width), has_cls=has_cls)
     zero = torch.zeros_like(row)
-    return [Patches(zero, row, column, zero, {(0, BASE_VIEW): shape}) for _ in range(n_images)]
+    return [Patches(zero, row, column, zero, {(0, BASE_VIEW): shape}, n_tiles=1) for _ in range(n_images)]
 
 
 def llava_next_patches(
@@ -144,5 +147,6 @@ def llava_next_patches(
         view = torch.full_like(row, TILE_VIEW)
         view[: len(base_row)] = BASE_VIEW
         grids = {(0, BASE_VIEW): base_shape, (0, TILE_VIEW): (rows, columns)}
-        found.append(Patches(torch.zeros_like(row), row, column, view, grids))
+        n_tiles = 1 + tile_rows * tile_columns
+        found.append(Patches(torch.zeros_like(row), row, column, view, grids, n_tiles))
     return found

@@ -1,0 +1,76 @@
+"""Where the parts of each kind of text decoder are: one entry per `model_type` of a text configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from slitlamp.errors import UnsupportedError, nearest
+from slitlamp.models.blocks import Block
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Where the parts of a text decoder are, from the decoder's module.
+
+    Attributes:
+        block: the kind of its blocks, or (text configuration, layer) -> kind.
+        blocks: path of the list of blocks.
+        final_norm: path of the norm after the last block.
+    """
+
+    block: Block | Callable[[PreTrainedConfig, int], Block]
+    blocks: str = "layers"
+    final_norm: str = "norm"
+
+    def block_of(self, config: PreTrainedConfig, layer: int) -> Block:
+        """The kind of one block."""
+        return self.block if isinstance(self.block, Block) else self.block(config, layer)
+
+
+LLAMA = Block(
+    attention="self_attn",
+    q="self_attn.q_proj",
+    k="self_attn.k_proj",
+    v="self_attn.v_proj",
+    out_proj="self_attn.o_proj",
+    attn_out="self_attn",
+    ln1="input_layernorm",
+    ln2="post_attention_layernorm",
+    mlp_in="mlp.gate_proj",
+    mlp_down="mlp.down_proj",
+    mlp_out="mlp",
+)
+# a norm before and a norm after attention and MLP
+GEMMA2 = replace(
+    LLAMA, attn_out="post_attention_layernorm", ln2="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm"
+)
+
+DECODERS: dict[str, Decoder] = {
+    "llama": Decoder(LLAMA),
+    "mistral": Decoder(LLAMA),
+    "qwen2": Decoder(LLAMA),
+    "qwen3": Decoder(LLAMA),
+    "gemma": Decoder(LLAMA),
+    "gemma2": Decoder(GEMMA2),
+}
+
+
+def decoder_of(config: PreTrainedConfig) -> Decoder:
+    """The entry of a text decoder, from its configuration.
+
+    Raises:
+        UnsupportedError: no entry for this type of decoder.
+    """
+    model_type = str(getattr(config, "model_type", "?"))
+    if model_type in DECODERS:
+        return DECODERS[model_type]
+    close = nearest(model_type, DECODERS) or sorted(DECODERS)
+    raise UnsupportedError(
+        f"slitlamp does not know the text decoder {model_type!r}. Nearest known: {', '.join(close)}. "
+        "A new entry in DECODERS (slitlamp/models/decoders.py) must give the paths of a block's parts."
+    )

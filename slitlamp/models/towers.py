@@ -1,0 +1,80 @@
+"""Where the parts of each kind of vision tower are: one entry per `model_type` of a vision configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from slitlamp.errors import UnsupportedError, nearest
+from slitlamp.models.blocks import Block
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Unpack = Callable[["PreTrainedConfig", Mapping[str, Any], bool], list[Tensor]]
+"""(model configuration, inputs of the model, whether after the projector) -> per tile, int64 [position], where its positions
+are in the sequence that the tower (or the projector) runs over, in raster order."""
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """Where the parts of a vision tower are, from the tower's module.
+
+    Attributes:
+        blocks: paths that name the list of blocks in the transformers versions that are supported; the first that
+            exists is used.
+        block: the kind of its blocks.
+        has_cls: whether the first token of a tile is a CLS token.
+        more_blocks: path of a second list of blocks that the output of the first goes through.
+        unpack: for towers that run over all tiles of a batch as one sequence; None for towers that run over
+            [tile, position].
+        sizes: names in the configuration of the number of layers, of heads, and of the width.
+    """
+
+    blocks: tuple[str, ...]
+    block: Block
+    has_cls: bool
+    more_blocks: str | None = None
+    unpack: Unpack | None = None
+    sizes: tuple[str, str, str] = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+
+
+CLIP = Block(
+    attention="self_attn",
+    q="self_attn.q_proj",
+    k="self_attn.k_proj",
+    v="self_attn.v_proj",
+    out_proj="self_attn.out_proj",
+    attn_out="self_attn",
+    ln1="layer_norm1",
+    ln2="layer_norm2",
+    mlp_in="mlp.fc1",
+    mlp_down="mlp.fc2",
+    mlp_out="mlp",
+)
+_CLIP_BLOCKS = ("encoder.layers", "vision_model.encoder.layers")
+
+VISION_TOWERS: dict[str, VisionTower] = {
+    "clip_vision_model": VisionTower(_CLIP_BLOCKS, CLIP, has_cls=True),
+    "siglip_vision_model": VisionTower(_CLIP_BLOCKS, CLIP, has_cls=False),
+}
+
+
+def vision_tower_of(config: PreTrainedConfig) -> VisionTower:
+    """The entry of a vision tower, from its configuration.
+
+    Raises:
+        UnsupportedError: no entry for this type of tower.
+    """
+    model_type = str(getattr(config, "model_type", "?"))
+    if model_type in VISION_TOWERS:
+        return VISION_TOWERS[model_type]
+    close = nearest(model_type, VISION_TOWERS) or sorted(VISION_TOWERS)
+    raise UnsupportedError(
+        f"slitlamp does not know the vision tower {model_type!r}. Nearest known: {', '.join(close)}. "
+        "A new entry in VISION_TOWERS (slitlamp/models/towers.py) must give the path of its blocks, the paths of a "
+        "block's parts, and whether it has a CLS token."
+    )
