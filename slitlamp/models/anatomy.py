@@ -149,11 +149,14 @@ def read_anatomy(model: PreTrainedModel) -> Anatomy:
     tower_module = _module(model, family.vision_tower, "vision tower", family.name)
     stacks = [_first(tower_module, tower.blocks, "vision blocks", family.name)]
     stacks += [] if tower.more_blocks is None else [tower.more_blocks]
-    vision_blocks = tuple(
-        f"{family.vision_tower}.{stack}.{number}"
+    stacked = {
+        f"{family.vision_tower}.{stack}.{number}": tower.block
+        if stack == stacks[0]
+        else tower.more_block or tower.block
         for stack in stacks
         for number in range(_count(tower_module, stack, "vision blocks", family.name))
-    )
+    }
+    vision_blocks = tuple(stacked)
     vision_layers, vision_heads, vision_width = (int(getattr(vision, name)) for name in tower.sizes)
     if tower.more_blocks is None:
         _expect(len(vision_blocks), vision_layers, "vision blocks", f"{family.vision_tower}.{stacks[0]}")
@@ -173,8 +176,8 @@ def read_anatomy(model: PreTrainedModel) -> Anatomy:
     for layer, block in enumerate(blocks):
         for site, place in decoder.block_of(text, layer).places(block, n_heads, n_kv_heads).items():
             places.setdefault(site, {})[layer] = place
-    for layer, block in enumerate(vision_blocks):
-        for site, place in tower.block.places(block, vision_heads, vision_heads).items():
+    for layer, (block, kind) in enumerate(stacked.items()):
+        for site, place in kind.places(block, vision_heads, vision_heads).items():
             places.setdefault(f"vision_{site}", {})[layer] = place
     places["projector_out"] = {0: Place(family.projector)}
     places["logits"] = {0: Place("")}

@@ -50,6 +50,24 @@ GEMMA2 = replace(
     LLAMA, attn_out="post_attention_layernorm", ln2="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm"
 )
 
+_MLLAMA_CROSS = replace(
+    LLAMA,
+    attention="cross_attn",
+    q="cross_attn.q_proj",
+    k=None,  # keys and values are of the image's tokens, not of positions
+    v=None,
+    out_proj="cross_attn.o_proj",
+    attn_out="cross_attn",
+    attn_gate="tanh:cross_attn_attn_gate",
+    mlp_out=None,  # multiplied by a mask of rows, too, which is no part of the model
+    cross=True,
+)
+
+
+def _mllama_block(config: PreTrainedConfig, layer: int) -> Block:
+    return _MLLAMA_CROSS if layer in config.cross_attention_layers else LLAMA
+
+
 DECODERS: dict[str, Decoder] = {
     "llama": Decoder(LLAMA),
     "mistral": Decoder(LLAMA),
@@ -57,6 +75,9 @@ DECODERS: dict[str, Decoder] = {
     "qwen3": Decoder(LLAMA),
     "gemma": Decoder(LLAMA),
     "gemma2": Decoder(GEMMA2),
+    "gemma3_text": Decoder(GEMMA2),
+    "ministral3": Decoder(LLAMA),
+    "mllama_text_model": Decoder(_mllama_block),
 }
 
 

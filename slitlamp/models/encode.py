@@ -90,7 +90,8 @@ def encode(
                 f"{len(patches[row])} for its images; patch size, feature layer and select strategy of processor "
                 "and model must agree"
             )
-    inputs = {name: _to(value, device, dtype) for name, value in processed.items()}
+    cross_mask = None if family.cross is None else family.cross(config, processed)
+    inputs = {name: _to(value, device, dtype) for name, value in processed.items() if name not in family.unused}
     aligned = {name: inputs.pop(name) for name in family.aligned if name in inputs}
     ids_, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
     pad = processor.tokenizer.pad_token_id
@@ -107,7 +108,7 @@ def encode(
         extra=inputs,
         aligned=aligned,
         fills=dict(family.aligned),
-        cross_mask=None if family.cross is None else family.cross(config, processed).to(device),
+        cross_mask=None if cross_mask is None else cross_mask.to(device),
     )
 
 
@@ -117,9 +118,7 @@ def _to(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
     return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
 
-def _check_placeholders(
-    text: str, n_images: int, placeholder: str | None, row: int, *, may_be_left_out: bool
-) -> None:
+def _check_placeholders(text: str, n_images: int, placeholder: str | None, row: int, *, may_be_left_out: bool) -> None:
     if placeholder is None:
         return
     found = text.count(placeholder)

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from slitlamp.errors import UnsupportedError, nearest
-from slitlamp.models.patches import Patches, llava_next_patches, llava_patches
+from slitlamp.models.patches import Patches, llava_next_patches
+from slitlamp.models.patches_gemma import gemma3_patches, paligemma_patches
+from slitlamp.models.patches_idefics import idefics3_patches
+from slitlamp.models.patches_mllama import mllama_cross_keys, mllama_patches
+from slitlamp.models.patches_pixtral import llava_tower_patches, pixtral_patches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -23,8 +27,9 @@ PatchRule = Callable[["PreTrainedConfig", Mapping[str, Any], int, bool], list[Pa
 """(model config, processor output, number of images, whether the tower has a CLS token) -> the patches of every image,
 in the order of its tokens."""
 
-CrossRule = Callable[["PreTrainedConfig", Mapping[str, Any]], Tensor]
-"""(model config, inputs of the model) -> bool [batch, key]: which keys of cross-attention stand for tokens of an image."""
+CrossRule = Callable[["PreTrainedConfig", Mapping[str, Any]], Tensor | None]
+"""(model config, inputs of the model) -> bool [batch, key]: which keys of cross-attention stand for tokens of an image;
+None for a batch without images."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Family:
         first_position: the position id of a row's first token; None where the model counts positions by itself.
         aligned: inputs of the model that run along the positions besides the ids, [batch, position, ...], each with its
             value at generated tokens: a number, or "last" for that of the token before.
+        unused: what the processor returns and the model is not to get.
         cross: for families whose decoder reads the image by cross-attention.
         notes: what else is particular about it, in words.
     """
@@ -63,6 +69,7 @@ class Family:
     images: Literal["flat", "per prompt"] = "flat"
     first_position: int | None = 0
     aligned: Mapping[str, int | Literal["last"]] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
     cross: CrossRule | None = None
     notes: str = ""
 
@@ -73,14 +80,68 @@ FAMILIES: dict[str, Family] = {
         Family(
             name="LLaVA-1.5",
             model_type="llava",
-            patches=llava_patches,
-            image_tokens="one grid per image",
+            patches=llava_tower_patches,
+            image_tokens="one grid per image (on a Pixtral tower: of its own size, a text token after each row)",
         ),
         Family(
             name="LLaVA-NeXT",
             model_type="llava_next",
             patches=llava_next_patches,
             image_tokens="the whole image, then its tiles as one grid with a newline token after each row",
+        ),
+        *(
+            Family(
+                name=name,
+                model_type=model_type,
+                patches=idefics3_patches,
+                image_tokens="tiles row by row, then the whole image, each between text tokens; 1 token for a square of patches",
+                decoder=("model.text_model",),
+                vision_tower="model.vision_model",
+                projector="model.connector",
+                images="per prompt",
+            )
+            for name, model_type in (("Idefics3", "idefics3"), ("SmolVLM", "smolvlm"))
+        ),
+        Family(
+            name="PaliGemma",
+            model_type="paligemma",
+            patches=paligemma_patches,
+            image_tokens="one grid per image, before the prompt",
+            placeholder=None,
+            images="per prompt",
+            first_position=1,
+            aligned={"token_type_ids": 1},
+            unused=("labels",),
+            notes="1 and 2; the prompt is read in both directions; the processor takes no prompt without an image",
+        ),
+        Family(
+            name="Gemma 3",
+            model_type="gemma3",
+            patches=gemma3_patches,
+            image_tokens="one grid per image; 1 token for the mean of a square of patches",
+            placeholder="boi_token",
+            images="per prompt",
+            aligned={"token_type_ids": 0},
+            notes="an image is read in both directions; no pan and scan",
+        ),
+        Family(
+            name="Mistral 3",
+            model_type="mistral3",
+            patches=pixtral_patches,
+            image_tokens="one grid per image, of its own size, a text token after each row; 1 token for a square of patches",
+            notes="Pixtral tower: the images of a batch are one sequence",
+        ),
+        Family(
+            name="Mllama (Llama 3.2 Vision)",
+            model_type="mllama",
+            patches=mllama_patches,
+            image_tokens="keys of cross-attention: of each tile a CLS token and its patches. The prompt has 1 token per image, "
+            "which no feature replaces",
+            vision_tower="model.vision_model",
+            images="per prompt",
+            aligned={"cross_attention_mask": "last"},
+            cross=mllama_cross_keys,
+            notes="`attention` in self-attention layers, `cross_attention` in the others, which text without an image skips",
         ),
     )
 }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from slitlamp.errors import UnsupportedError, nearest
 from slitlamp.models.blocks import Block
+from slitlamp.models.patches_mllama import mllama_unpack
+from slitlamp.models.patches_pixtral import pixtral_unpack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,6 +31,7 @@ class VisionTower:
         block: the kind of its blocks.
         has_cls: whether the first token of a tile is a CLS token.
         more_blocks: path of a second list of blocks that the output of the first goes through.
+        more_block: the kind of those, where it is another.
         unpack: for towers that run over all tiles of a batch as one sequence; None for towers that run over
             [tile, position].
         sizes: names in the configuration of the number of layers, of heads, and of the width.
@@ -38,6 +41,7 @@ class VisionTower:
     block: Block
     has_cls: bool
     more_blocks: str | None = None
+    more_block: Block | None = None
     unpack: Unpack | None = None
     sizes: tuple[str, str, str] = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 
@@ -55,11 +59,36 @@ CLIP = Block(
     mlp_down="mlp.fc2",
     mlp_out="mlp",
 )
+_PIXTRAL = Block(
+    attention="attention",
+    q="attention.q_proj",
+    k="attention.k_proj",
+    v="attention.v_proj",
+    out_proj="attention.o_proj",
+    attn_out="attention",
+    ln1="attention_norm",
+    ln2="ffn_norm",
+    mlp_in="feed_forward.gate_proj",
+    mlp_down="feed_forward.down_proj",
+    mlp_out="feed_forward",
+)
+_MLLAMA = replace(CLIP, out_proj="self_attn.o_proj", ln1="input_layernorm", ln2="post_attention_layernorm")
 _CLIP_BLOCKS = ("encoder.layers", "vision_model.encoder.layers")
 
 VISION_TOWERS: dict[str, VisionTower] = {
     "clip_vision_model": VisionTower(_CLIP_BLOCKS, CLIP, has_cls=True),
     "siglip_vision_model": VisionTower(_CLIP_BLOCKS, CLIP, has_cls=False),
+    "idefics3_vision": VisionTower(("encoder.layers",), CLIP, has_cls=False),
+    "smolvlm_vision": VisionTower(("encoder.layers",), CLIP, has_cls=False),
+    "pixtral": VisionTower(("transformer.layers",), _PIXTRAL, has_cls=False, unpack=pixtral_unpack),
+    "mllama_vision_model": VisionTower(
+        ("transformer.layers",),
+        _MLLAMA,
+        has_cls=True,
+        more_blocks="global_transformer.layers",
+        more_block=replace(_MLLAMA, attn_gate="tanh:gate_attn", mlp_gate="tanh:gate_ffn"),
+        unpack=mllama_unpack,
+    ),
 }
 
 
