@@ -206,9 +206,7 @@ class Batch:
                     f"the continuation holds the image token (id {self.image_token_id}), which has no image of its own"
                 )
         prompt = self._positions(self.real_mask & ~self.generated_mask)
-        return self._repacked(
-            list(zip(prompt, tokens, strict=True)), n_generated=tuple(len(more) for more in tokens)
-        )
+        return self._repacked(list(zip(prompt, tokens, strict=True)), n_generated=tuple(len(more) for more in tokens))
 
     def with_pixels(self, pixel_values: Tensor) -> Batch:
         """The batch with other pixels of the same shape.
