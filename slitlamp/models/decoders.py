@@ -78,6 +78,9 @@ DECODERS: dict[str, Decoder] = {
     "gemma3_text": Decoder(GEMMA2),
     "ministral3": Decoder(LLAMA),
     "mllama_text_model": Decoder(_mllama_block),
+    "qwen2_vl_text": Decoder(LLAMA),
+    "qwen2_5_vl_text": Decoder(LLAMA),
+    "qwen3_vl_text": Decoder(LLAMA),
 }
 
 

@@ -40,7 +40,8 @@ def encode(
         images: None, or one entry per prompt: an image (path, PIL image, uint8 array), None for a text-only prompt, or
             a list of images.
         prompts: one text per row. With a chat template the image placeholders may be left out: the images then come
-            before the text. Without one, every image needs its placeholder in the text.
+            before the text. Without one, every image needs its placeholder in the text. Tokens that a family puts
+            around it (Qwen-VL: `<|vision_start|>`, `<|vision_end|>`) may be written or left out.
         ids: one id per row, kept in the batch; by default "0", "1", ...
         chat: whether to wrap prompts in the processor's chat template; by default if it has one.
         device, dtype: of the tensors; only floating-point inputs take the dtype.
@@ -50,7 +51,8 @@ def encode(
 
     Raises:
         InputError: an empty batch, an empty prompt, an unusable image, or placeholders that do not match the images.
-        UnsupportedError: the processor and the family's entry disagree on the number of image tokens.
+        UnsupportedError: a placeholder of a video, or the processor and the family's entry disagree on the number of
+            image tokens.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
@@ -76,8 +78,14 @@ def encode(
         )
     rows = []
     for row, (text, row_images) in enumerate(zip(texts, loaded, strict=True)):
+        _check_no_video(processor, text, row)
         _check_placeholders(text, len(row_images), placeholder, row, may_be_left_out=use_chat)
-        rows.append(_chat(processor, text, len(row_images), placeholder) if use_chat else text)
+        if placeholder is not None:
+            text = text.replace(placeholder.join(family.around), placeholder)
+        if use_chat:
+            rows.append(_chat(processor, text, len(row_images), placeholder))
+        else:
+            rows.append(text if placeholder is None else text.replace(placeholder, placeholder.join(family.around)))
 
     processed = _process(processor, rows, loaded, per_prompt=family.images == "per prompt")
     input_ids: Tensor = processed["input_ids"]
@@ -116,6 +124,14 @@ def _to(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+
+def _check_no_video(processor: Any, text: str, row: int) -> None:
+    video = getattr(processor, "video_token", None)
+    if video is not None and str(video) in text:
+        raise UnsupportedError(
+            f"prompt {row}: found the placeholder of a video, {video!r}; slitlamp encodes images only"
+        )
 
 
 def _check_placeholders(text: str, n_images: int, placeholder: str | None, row: int, *, may_be_left_out: bool) -> None:

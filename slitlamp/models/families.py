@@ -19,6 +19,7 @@ from slitlamp.models.patches_gemma import gemma3_patches, paligemma_patches
 from slitlamp.models.patches_idefics import idefics3_patches
 from slitlamp.models.patches_mllama import mllama_cross_keys, mllama_patches
 from slitlamp.models.patches_pixtral import llava_tower_patches, pixtral_patches
+from slitlamp.models.patches_qwen import qwen_patches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -48,11 +49,13 @@ class Family:
         projector: path of what maps the tower's output to the decoder's width.
         placeholder: attribute of the processor that holds the placeholder of an image in a prompt; None for processors
             that put image tokens before every prompt by themselves.
+        around: what the model expects before and after a placeholder; put there where the prompt lacks it.
         images: whether the processor takes all images of a batch in one list, or one list per prompt.
         first_position: the position id of a row's first token; None where the model counts positions by itself.
         aligned: inputs of the model that run along the positions besides the ids, [batch, position, ...], each with its
             value at generated tokens: a number, or "last" for that of the token before.
         unused: what the processor returns and the model is not to get.
+        kept: attributes that the model writes into itself as it runs; after a run they are what they were.
         cross: for families whose decoder reads the image by cross-attention.
         notes: what else is particular about it, in words.
     """
@@ -66,10 +69,12 @@ class Family:
     vision_tower: str = "model.vision_tower"
     projector: str = "model.multi_modal_projector"
     placeholder: str | None = "image_token"
+    around: tuple[str, str] = ("", "")
     images: Literal["flat", "per prompt"] = "flat"
     first_position: int | None = 0
     aligned: Mapping[str, int | Literal["last"]] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     cross: CrossRule | None = None
     notes: str = ""
 
@@ -142,6 +147,26 @@ FAMILIES: dict[str, Family] = {
             aligned={"cross_attention_mask": "last"},
             cross=mllama_cross_keys,
             notes="`attention` in self-attention layers, `cross_attention` in the others, which text without an image skips",
+        ),
+        *(
+            Family(
+                name=name,
+                model_type=model_type,
+                patches=qwen_patches,
+                image_tokens="one grid per image, of its own size; 1 token for a square of patches",
+                vision_tower="model.visual",
+                projector="model.visual.merger",
+                around=("<|vision_start|>", "<|vision_end|>"),
+                first_position=None,
+                aligned={"mm_token_type_ids": 0},
+                kept=("model.rope_deltas",),
+                notes=notes,
+            )
+            for name, model_type, notes in (
+                ("Qwen2-VL", "qwen2_vl", "no video"),
+                ("Qwen2.5-VL", "qwen2_5_vl", "most layers of the tower attend within windows; no video"),
+                ("Qwen3-VL", "qwen3_vl", "DeepStack: the first blocks are followed by features of the tower; no video"),
+            )
         ),
     )
 }

@@ -12,6 +12,7 @@ from slitlamp.errors import UnsupportedError, nearest
 from slitlamp.models.blocks import Block
 from slitlamp.models.patches_mllama import mllama_unpack
 from slitlamp.models.patches_pixtral import pixtral_unpack
+from slitlamp.models.patches_qwen import qwen2_5_unpack, qwen_unpack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -73,6 +74,20 @@ _PIXTRAL = Block(
     mlp_out="feed_forward",
 )
 _MLLAMA = replace(CLIP, out_proj="self_attn.o_proj", ln1="input_layernorm", ln2="post_attention_layernorm")
+_QWEN2 = Block(
+    attention="attn",
+    qkv="attn.qkv",
+    out_proj="attn.proj",
+    attn_out="attn",
+    ln1="norm1",
+    ln2="norm2",
+    mlp_in="mlp.fc1",
+    mlp_down="mlp.fc2",
+    mlp_out="mlp",
+)
+_QWEN2_5 = replace(_QWEN2, mlp_in="mlp.gate_proj", mlp_down="mlp.down_proj")
+_QWEN3 = replace(_QWEN2, mlp_in="mlp.linear_fc1", mlp_down="mlp.linear_fc2")
+_QWEN_SIZES = ("depth", "num_heads", "hidden_size")
 _CLIP_BLOCKS = ("encoder.layers", "vision_model.encoder.layers")
 
 VISION_TOWERS: dict[str, VisionTower] = {
@@ -89,6 +104,11 @@ VISION_TOWERS: dict[str, VisionTower] = {
         more_block=replace(_MLLAMA, attn_gate="tanh:gate_attn", mlp_gate="tanh:gate_ffn"),
         unpack=mllama_unpack,
     ),
+    "qwen2_vl_vision": VisionTower(
+        ("blocks",), _QWEN2, has_cls=False, unpack=qwen_unpack, sizes=("depth", "num_heads", "embed_dim")
+    ),
+    "qwen2_5_vl_vision": VisionTower(("blocks",), _QWEN2_5, has_cls=False, unpack=qwen2_5_unpack, sizes=_QWEN_SIZES),
+    "qwen3_vl_vision": VisionTower(("blocks",), _QWEN3, has_cls=False, unpack=qwen_unpack, sizes=_QWEN_SIZES),
 }
 
 
