@@ -171,14 +171,22 @@ class Batch:
 
     def without_images(self) -> Batch:
         """The same prompts with every image token deleted: shorter rows, no pixels (the image-free input of VHD)."""
-        rows: list[tuple[Tensor, Sequence[int]]] = [(kept, ()) for kept in self._positions(self.text_mask)]
+        return replace(self.without_images_of([True] * self.size, {}), cross_mask=None)
+
+    def without_images_of(self, rows: Sequence[bool], extra: dict[str, Any]) -> Batch:
+        """The batch with every image token of some rows deleted.
+
+        Args:
+            rows: per row, whether its images go.
+            extra: what is left of the other inputs of the model.
+        """
+        gone = torch.tensor(rows, device=self.device)[:, None] & self.image_mask
         empty = Patches.join([])
         return self._repacked(
-            rows,
-            patches=tuple(empty for _ in rows),
-            images=tuple(() for _ in rows),
-            extra={},
-            cross_mask=None,
+            [(kept, ()) for kept in self._positions(self.real_mask & ~gone)],
+            patches=tuple(empty if without else one for without, one in zip(rows, self.patches, strict=True)),
+            images=tuple(() if without else one for without, one in zip(rows, self.images, strict=True)),
+            extra=extra,
         )
 
     def prompt_only(self) -> Batch:

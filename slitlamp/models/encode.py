@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import PIL.Image
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -76,10 +77,13 @@ def encode(
         raise InputError(
             "chat=True, but this processor has no chat template; pass chat=False and put the placeholders yourself"
         )
+    given = loaded if family.text_only else [row_images or [_blank()] for row_images in loaded]
     rows = []
     for row, (text, row_images) in enumerate(zip(texts, loaded, strict=True)):
         _check_no_video(processor, text, row)
-        _check_placeholders(text, len(row_images), placeholder, row, may_be_left_out=use_chat)
+        _check_placeholders(text, len(row_images), placeholder, row, may_be_left_out=use_chat or family.images_first)
+        if family.images_first and placeholder is not None and placeholder not in text:
+            text = placeholder * len(given[row]) + text
         if placeholder is not None:
             text = text.replace(placeholder.join(family.around), placeholder)
         if use_chat:
@@ -87,10 +91,10 @@ def encode(
         else:
             rows.append(text if placeholder is None else text.replace(placeholder, placeholder.join(family.around)))
 
-    processed = _process(processor, rows, loaded, per_prompt=family.images == "per prompt")
+    processed = _process(processor, rows, given, per_prompt=family.images == "per prompt")
     input_ids: Tensor = processed["input_ids"]
     image_mask = input_ids == anatomy.image_token_id
-    patches = _patches(config, anatomy, processed, [len(row_images) for row_images in loaded])
+    patches = _patches(config, anatomy, processed, [len(row_images) for row_images in given])
     for row, found in enumerate(image_mask.sum(dim=1).tolist()):
         if family.cross is None and found != len(patches[row]):
             raise UnsupportedError(
@@ -103,7 +107,7 @@ def encode(
     aligned = {name: inputs.pop(name) for name in family.aligned if name in inputs}
     ids_, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
     pad = processor.tokenizer.pad_token_id
-    return Batch(
+    batch = Batch(
         input_ids=ids_,
         attention_mask=mask,
         image_mask=image_mask.to(device),
@@ -118,6 +122,23 @@ def encode(
         fills=dict(family.aligned),
         cross_mask=None if cross_mask is None else cross_mask.to(device),
     )
+    return batch if given is loaded else _without_blanks(batch)
+
+
+def _blank() -> Image:
+    return PIL.Image.new("RGB", (32, 32))
+
+
+def _without_blanks(batch: Batch) -> Batch:
+    """The batch without the image tokens and pixels of rows that have no image."""
+    blank = [not row_images for row_images in batch.images]
+    if all(blank):
+        return batch.without_images()
+    if not any(blank):
+        return batch
+    kept = torch.tensor([none for none, images in zip(blank, batch.images, strict=True) for _ in images or [None]])
+    kept = kept.logical_not().to(batch.device)
+    return batch.without_images_of(blank, {name: value[kept] for name, value in batch.extra.items()})
 
 
 def _to(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:

@@ -54,6 +54,9 @@ class Family:
         first_position: the position id of a row's first token; None where the model counts positions by itself.
         aligned: inputs of the model that run along the positions besides the ids, [batch, position, ...], each with its
             value at generated tokens: a number, or "last" for that of the token before.
+        images_first: whether the images stand before the prompt wherever it has no placeholders.
+        text_only: whether the processor takes prompts without an image. Where it does not, such a prompt is processed with
+            a blank image, whose tokens and pixels are taken out again.
         unused: what the processor returns and the model is not to get.
         kept: attributes that the model writes into itself as it runs; after a run they are what they were.
         cross: for families whose decoder reads the image by cross-attention.
@@ -73,6 +76,8 @@ class Family:
     images: Literal["flat", "per prompt"] = "flat"
     first_position: int | None = 0
     aligned: Mapping[str, int | Literal["last"]] = field(default_factory=dict)
+    images_first: bool = False
+    text_only: bool = True
     unused: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     cross: CrossRule | None = None
@@ -112,12 +117,13 @@ FAMILIES: dict[str, Family] = {
             model_type="paligemma",
             patches=paligemma_patches,
             image_tokens="one grid per image, before the prompt",
-            placeholder=None,
             images="per prompt",
+            images_first=True,
+            text_only=False,
             first_position=1,
             aligned={"token_type_ids": 1},
             unused=("labels",),
-            notes="1 and 2; the prompt is read in both directions; the processor takes no prompt without an image",
+            notes="1 and 2; the prompt is read in both directions",
         ),
         Family(
             name="Gemma 3",
