@@ -235,14 +235,29 @@ class VLM:
 
     def _extra_pass(self, batch: Batch, sites: Sequence[Site], edits: Sequence[Edit]) -> Trace:
         trace = Trace(check_sites(sites, self.anatomy))
-        with session(self.model, self.anatomy, batch, traces=[trace], edits=edits):
+        with self._putting_back(), session(self.model, self.anatomy, batch, traces=[trace], edits=edits):
             self._call(batch, logits_to_keep=1)
         return trace
 
     def _call(self, batch: Batch, **options: Any) -> Any:
-        # as generate counts them: padding has no place
-        positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        first = self.anatomy.family.first_position
+        if first is None and batch.image_mask.any():
+            positions = None  # the model counts by itself
+        else:  # as generate counts them: padding has no place
+            positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0) + (first or 0)
         return self.model(**batch.inputs(), position_ids=positions, use_cache=False, return_dict=True, **options)
+
+    @contextmanager
+    def _putting_back(self) -> Iterator[None]:
+        """On exit, what the model writes into itself as it runs is what it was."""
+        places = [path.rpartition(".")[::2] for path in self.anatomy.family.kept]
+        before = [(self.model.get_submodule(owner), name) for owner, name in places]
+        values = [getattr(owner, name) for owner, name in before]
+        try:
+            yield
+        finally:
+            for (owner, name), value in zip(before, values, strict=True):
+                setattr(owner, name, value)
 
     @torch.no_grad()
     def forward(self, batch: Batch, *, logits_to_keep: int = 0) -> Any:
@@ -255,7 +270,11 @@ class VLM:
         Returns:
             The Hugging Face model's output.
         """
-        with self._lock, session(self.model, self.anatomy, batch, traces=self._open_traces(), edits=self._edits(batch)):
+        with (
+            self._lock,
+            self._putting_back(),
+            session(self.model, self.anatomy, batch, traces=self._open_traces(), edits=self._edits(batch)),
+        ):
             return self._call(batch, logits_to_keep=logits_to_keep)
 
     @torch.no_grad()
@@ -296,6 +315,7 @@ class VLM:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         with (
             self._lock,
+            self._putting_back(),
             torch.random.fork_rng(enabled=sample),
             session(
                 self.model,

@@ -172,6 +172,10 @@ def read_anatomy(model: PreTrainedModel) -> Anatomy:
     }
     for role, path in modules.items():
         _module(model, path, role, family.name)
+    for path in family.kept:
+        owner, _, name = path.rpartition(".")
+        if not hasattr(_module(model, owner, "owner of an attribute to keep", family.name), name):
+            raise UnsupportedError(f"the {family.name} entry names {path!r}, which this {type(model).__name__} lacks")
     places: dict[str, dict[int, Place]] = {}
     for layer, block in enumerate(blocks):
         for site, place in decoder.block_of(text, layer).places(block, n_heads, n_kv_heads).items():
