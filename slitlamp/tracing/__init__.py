@@ -3,7 +3,8 @@
 from slitlamp.tracing.call import Calls
 from slitlamp.tracing.probe import Probe, ProbeResult
 from slitlamp.tracing.session import Edit, session
-from slitlamp.tracing.sites import Site, canonical_name, check_sites
+from slitlamp.tracing.site_checks import check_sites
+from slitlamp.tracing.sites import Site, canonical_name
 from slitlamp.tracing.trace import SiteRecord, Step, Trace
 
 __all__ = [

@@ -159,11 +159,22 @@ class Calls:
 
 
 def vision_selection(
-    n_rows: int, n_positions: int, positions: Positions, has_cls: bool, device: torch.device
+    n_rows: int,
+    n_positions: int,
+    positions: Positions,
+    has_cls: bool,
+    device: torch.device,
+    valid: Tensor | None = None,
 ) -> Selection:
-    """The chosen positions of a vision tower: "all", "cls" (the first) or "patches" (all but the CLS)."""
+    """The chosen positions of a vision tower: "all", "cls" (the first) or "patches" (all but the CLS).
+
+    `valid`, bool [tile, position], says which positions a tile has, where tiles differ.
+    """
     first = 1 if has_cls and positions == "patches" else 0
     last = 1 if positions == "cls" else n_positions
     index = torch.arange(first, last, device=device)[None, :].expand(n_rows, -1)
+    if valid is not None and not bool(valid.all()):
+        chosen = valid[:, first:last].to(device)
+        return Selection(torch.where(chosen, index, 0), chosen, full=bool(chosen.all()), everything=False)
     everything = first == 0 and last == n_positions
     return Selection(index, torch.ones_like(index, dtype=torch.bool), full=True, everything=everything)

@@ -2,21 +2,21 @@
 
 Short constructors (`resid_post(layers=[2, 4], positions="image")`) describe one recording. Layers are 0-based;
 `resid_post[l]` is the residual stream after block l, `resid_pre[0]` the input of the language model with the projected
-image features in place.
+image features in place. What every block adds up to: `resid_mid = resid_pre + attn_out` and
+`resid_post = resid_mid + mlp_out` (`resid_post = resid_pre + attn_out + mlp_out` where attention and MLP stand side by
+side, as in Cohere's models, which have no `resid_mid`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from slitlamp.errors import InputError, unknown
-from slitlamp.models.anatomy import Anatomy
+from slitlamp.errors import unknown
 
 Positions = (
     Literal["all", "image", "text", "text_after_image", "last", "generated", "before_generated", "cls", "patches"]
@@ -29,16 +29,38 @@ VISION_POSITIONS = ("all", "cls", "patches")
 
 _CANONICAL = {
     "resid_pre": "blocks.{layer}.hook_resid_pre",
+    "resid_mid": "blocks.{layer}.hook_resid_mid",
     "resid_post": "blocks.{layer}.hook_resid_post",
+    "attn_out": "blocks.{layer}.hook_attn_out",
     "mlp_out": "blocks.{layer}.hook_mlp_out",
+    "q": "blocks.{layer}.attn.hook_q",
+    "k": "blocks.{layer}.attn.hook_k",
+    "v": "blocks.{layer}.attn.hook_v",
     "z": "blocks.{layer}.attn.hook_z",
+    "mlp_pre": "blocks.{layer}.mlp.hook_pre",
+    "mlp_post": "blocks.{layer}.mlp.hook_post",
     "attention": "blocks.{layer}.attn.hook_pattern",
 }
 
-STATE_SITES = ("resid_pre", "resid_post", "z", "mlp_out", "vision_resid_post", "projector_out")
-ATTENTION_SITES = ("attention", "vision_attention")
+_WIDTHS = {
+    "q": ("head", "d_head"),
+    "k": ("head", "d_head"),
+    "v": ("head", "d_head"),
+    "z": ("head", "d_head"),
+    "mlp_pre": ("d_mlp",),
+    "mlp_post": ("d_mlp",),
+    "logits": ("d_vocab",),
+}
+_BLOCK_STATES = (
+    *("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
+    *("ln1", "ln2", "q", "k", "v", "z", "mlp_pre", "mlp_post"),
+)
+
+VISION_SITES = (*(f"vision_{name}" for name in _BLOCK_STATES), "vision_attention", "projector_out")
+ATTENTION_SITES = ("attention", "cross_attention", "vision_attention")
+STATE_SITES = (*_BLOCK_STATES, "logits", *(name for name in VISION_SITES if name not in ATTENTION_SITES))
 SITES = STATE_SITES + ATTENTION_SITES
-VISION_SITES = ("vision_resid_post", "vision_attention", "projector_out")
+WITHOUT_LAYERS = ("logits", "projector_out")
 
 
 @dataclass(frozen=True)
@@ -46,13 +68,13 @@ class Site:
     """One recording.
 
     Attributes:
-        name: the place: `resid_pre`, `resid_post`, `z`, `mlp_out`, `attention`, `vision_resid_post`,
-            `vision_attention`, `projector_out`.
-        layers: 0-based layers, None for all. `projector_out` has none.
+        name: the place, one of `SITES`.
+        layers: 0-based layers, None for all that have the site. `logits` and `projector_out` have none.
         positions: which positions are kept (rows of attention: see `queries`).
         reduce: "mean" or "sum" over the chosen positions, done before storing, accumulated and returned in float32;
             None keeps every position.
-        heads: which heads are kept, None for all (`z` and attention only).
+        heads: which heads are kept, None for all (`q`, `k`, `v`, `z` and attention only; of `k` and `v`, key/value
+            heads).
         queries, keys: query rows and key columns that are kept (attention only).
         reduce_queries, reduce_keys, reduce_heads: reductions of attention, done before storing.
         label: the name under which the trace gives it; by default the site's name. Needed when one trace records the
@@ -82,6 +104,11 @@ class Site:
         return self.name in VISION_SITES
 
     @property
+    def has_heads(self) -> bool:
+        """Whether what is recorded has an axis of heads."""
+        return self.is_attention or "head" in _WIDTHS.get(self.name.removeprefix("vision_"), ())
+
+    @property
     def axes(self) -> tuple[str, ...]:
         """The names of the axes of what is recorded."""
         row = "tile" if self.is_vision else "batch"
@@ -89,8 +116,8 @@ class Site:
             dims = [("head", self.reduce_heads), ("query", self.reduce_queries), ("key", self.reduce_keys)]
             return (row, *(name for name, reduced in dims if reduced is None))
         position = () if self.reduce else ("position",)
-        width = {"z": ("head", "d_head"), "vision_resid_post": ("d_vision",)}.get(self.name, ("d_model",))
-        return (row, *position, *width)
+        stream = "d_vision" if self.name.startswith("vision_") else "d_model"
+        return (row, *position, *_WIDTHS.get(self.name.removeprefix("vision_"), (stream,)))
 
 
 def canonical_name(site: str, layer: int) -> str:
@@ -111,77 +138,118 @@ def _tuple(values: Iterable[int] | int | None) -> tuple[int, ...] | None:
     return tuple(int(one) if isinstance(one, np.integer) else one for one in several)
 
 
-def _state(
-    name: str, layers: Iterable[int] | int | None, positions: object, reduce: object, label: str, heads: object = None
-) -> Site:
-    return Site(
-        name=name,
-        layers=_tuple(layers),
-        positions=cast(Positions, positions),
-        reduce=cast("Reduction | None", reduce),
-        heads=_tuple(cast("Sequence[int] | None", heads)),
-        label=label or name,
-    )
+class _States(Protocol):
+    def __call__(
+        self,
+        layers: Iterable[int] | int | None = None,
+        positions: Positions = "all",
+        reduce: Reduction | None = None,
+        label: str = "",
+    ) -> Site: ...
 
 
-def resid_pre(
-    layers: Iterable[int] | int | None = None,
-    positions: Positions = "all",
-    reduce: Reduction | None = None,
-    label: str = "",
-) -> Site:
-    """The residual stream before a block: [batch, position, d_model]. `resid_pre[0]` is the language model's input."""
-    return _state("resid_pre", layers, positions, reduce, label)
+class _HeadStates(Protocol):
+    def __call__(
+        self,
+        layers: Iterable[int] | int | None = None,
+        positions: Positions = "all",
+        reduce: Reduction | None = None,
+        heads: Iterable[int] | None = None,
+        label: str = "",
+    ) -> Site: ...
 
 
-def resid_post(
-    layers: Iterable[int] | int | None = None,
-    positions: Positions = "all",
-    reduce: Reduction | None = None,
-    label: str = "",
-) -> Site:
-    """The residual stream after a block, before any final norm: [batch, position, d_model]."""
-    return _state("resid_post", layers, positions, reduce, label)
+def _states(name: str, what: str) -> _States:
+    """The constructor of a site of states."""
+
+    def make(
+        layers: Iterable[int] | int | None = None,
+        positions: Positions = "all",
+        reduce: Reduction | None = None,
+        label: str = "",
+    ) -> Site:
+        return Site(name, _tuple(layers), positions, reduce, label=label or name)
+
+    make.__name__ = make.__qualname__ = name
+    make.__doc__ = what
+    return make
 
 
-def z(
-    layers: Iterable[int] | int | None = None,
-    positions: Positions = "all",
-    reduce: Reduction | None = None,
-    heads: Iterable[int] | None = None,
-    label: str = "",
-) -> Site:
-    """The output of each head before the output projection: [batch, position, head, d_head]."""
-    return _state("z", layers, positions, reduce, label, heads)
+def _head_states(name: str, what: str) -> _HeadStates:
+    """The constructor of a site of states of heads."""
+
+    def make(
+        layers: Iterable[int] | int | None = None,
+        positions: Positions = "all",
+        reduce: Reduction | None = None,
+        heads: Iterable[int] | None = None,
+        label: str = "",
+    ) -> Site:
+        return Site(name, _tuple(layers), positions, reduce, _tuple(heads), label=label or name)
+
+    make.__name__ = make.__qualname__ = name
+    make.__doc__ = what
+    return make
 
 
-def mlp_out(
-    layers: Iterable[int] | int | None = None,
-    positions: Positions = "all",
-    reduce: Reduction | None = None,
-    label: str = "",
-) -> Site:
-    """The output of a block's MLP, before it is added to the residual stream: [batch, position, d_model]."""
-    return _state("mlp_out", layers, positions, reduce, label)
+_D = "[batch, position, d_model]"
+resid_pre = _states("resid_pre", f"The residual stream before a block: {_D}. That of block 0 is the decoder's input.")
+resid_mid = _states("resid_mid", f"The residual stream between a block's attention and its MLP: {_D}.")
+resid_post = _states("resid_post", f"The residual stream after a block, before any final norm: {_D}.")
+attn_out = _states("attn_out", f"What a block's attention adds to the residual stream: {_D}.")
+mlp_out = _states("mlp_out", f"What a block's MLP adds to the residual stream: {_D}.")
+ln1 = _states("ln1", f"The output of the norm before attention: {_D}.")
+ln2 = _states("ln2", f"The output of the norm before the MLP: {_D}.")
+mlp_pre = _states("mlp_pre", "The MLP's hidden layer before its activation (the gate's): [batch, position, d_mlp].")
+mlp_post = _states("mlp_post", "The MLP's hidden layer, what its last projection takes: [batch, position, d_mlp].")
+q = _head_states("q", "Queries as projected, before norms and rotation: [batch, position, head, d_head].")
+k = _head_states("k", "Keys as projected, before norms and rotation: [batch, position, key/value head, d_head].")
+v = _head_states("v", "Values as projected: [batch, position, key/value head, d_head].")
+z = _head_states("z", "The output of each head before the output projection: [batch, position, head, d_head].")
+
+_V = "[tile, position, d_vision]"
+_TILE = (
+    'Positions are "all", "cls" or "patches". A tile is one picture given to the tower: an image, or one of the several '
+    "that some families cut an image into."
+)
+vision_resid_pre = _states("vision_resid_pre", f"The residual stream before a block of the tower: {_V}. {_TILE}")
+vision_resid_mid = _states("vision_resid_mid", f"Between attention and MLP of a block of the tower: {_V}. {_TILE}")
+vision_resid_post = _states("vision_resid_post", f"The residual stream after a block of the tower: {_V}. {_TILE}")
+vision_attn_out = _states("vision_attn_out", f"What attention adds in a block of the tower: {_V}. {_TILE}")
+vision_mlp_out = _states("vision_mlp_out", f"What the MLP adds in a block of the tower: {_V}. {_TILE}")
+vision_ln1 = _states("vision_ln1", f"The norm before attention in the tower: {_V}. {_TILE}")
+vision_ln2 = _states("vision_ln2", f"The norm before the MLP in the tower: {_V}. {_TILE}")
+vision_mlp_pre = _states(
+    "vision_mlp_pre", f"The MLP's hidden layer before its activation: [tile, position, d_mlp]. {_TILE}"
+)
+vision_mlp_post = _states("vision_mlp_post", f"The MLP's hidden layer: [tile, position, d_mlp]. {_TILE}")
+vision_q = _head_states("vision_q", f"Queries of the tower as projected: [tile, position, head, d_head]. {_TILE}")
+vision_k = _head_states("vision_k", f"Keys of the tower as projected: [tile, position, head, d_head]. {_TILE}")
+vision_v = _head_states("vision_v", f"Values of the tower as projected: [tile, position, head, d_head]. {_TILE}")
+vision_z = _head_states("vision_z", f"Outputs of the tower's heads: [tile, position, head, d_head]. {_TILE}")
 
 
-def vision_resid_post(
-    layers: Iterable[int] | int | None = None,
-    positions: Positions = "all",
-    reduce: Reduction | None = None,
-    label: str = "",
-) -> Site:
-    """The residual stream after a block of the vision tower: [tile, position, d_vision]; positions are "all", "cls"
-    or "patches".
+def logits(positions: Positions = "last", reduce: Reduction | None = None, label: str = "") -> Site:
+    """The model's logits, soft-capped or scaled where the model does so: [batch, position, d_vocab].
 
-    A tile is one picture given to the tower: an image, or one of the several that LLaVA-NeXT cuts an image into.
+    `generate` computes those of the last position alone.
     """
-    return _state("vision_resid_post", layers, positions, reduce, label)
+    return Site("logits", None, positions, reduce, label=label or "logits")
 
 
 def projector_out(reduce: Reduction | None = None, label: str = "") -> Site:
     """The output of the projector: [tile, position, d_model]."""
-    return _state("projector_out", None, "all", reduce, label)
+    return Site("projector_out", None, "all", reduce, label=label or "projector_out")
+
+
+def _attention(name: str, layers: object, heads: object, label: str, **rest: Any) -> Site:
+    return Site(
+        name,
+        _tuple(cast("Sequence[int] | None", layers)),
+        heads=_tuple(cast("Sequence[int] | None", heads)),
+        label=label or name,
+        **rest,
+    )
 
 
 def attention(
@@ -198,17 +266,23 @@ def attention(
 
     The softmax runs over all keys; columns are chosen after it. The full matrix is never built.
     """
-    return Site(
-        "attention",
-        _tuple(layers),
-        heads=_tuple(heads),
-        queries=queries,
-        keys=keys,
-        reduce_queries=reduce_queries,
-        reduce_keys=reduce_keys,
-        reduce_heads=reduce_heads,
-        label=label or "attention",
-    )
+    reductions = {"reduce_queries": reduce_queries, "reduce_keys": reduce_keys, "reduce_heads": reduce_heads}
+    return _attention("attention", layers, heads, label, queries=queries, keys=keys, **reductions)
+
+
+def cross_attention(
+    queries: Positions = "last",
+    layers: Iterable[int] | int | None = None,
+    heads: Iterable[int] | None = None,
+    reduce_queries: Reduction | None = None,
+    reduce_keys: Reduction | None = None,
+    reduce_heads: Reduction | None = None,
+    label: str = "",
+) -> Site:
+    """Attention weights of text over the tokens of the images, in layers that read them by cross-attention (Mllama):
+    [batch, head, query, image token], the image tokens in the order of `Batch.patches`."""
+    reductions = {"reduce_queries": reduce_queries, "reduce_keys": reduce_keys, "reduce_heads": reduce_heads}
+    return _attention("cross_attention", layers, heads, label, queries=queries, keys="image", **reductions)
 
 
 def vision_attention(
@@ -222,83 +296,5 @@ def vision_attention(
     label: str = "",
 ) -> Site:
     """Attention weights of the vision tower: [tile, head, query, key]; by default the CLS token's over the patches."""
-    return Site(
-        "vision_attention",
-        _tuple(layers),
-        heads=_tuple(heads),
-        queries=queries,
-        keys=keys,
-        reduce_queries=reduce_queries,
-        reduce_keys=reduce_keys,
-        reduce_heads=reduce_heads,
-        label=label or "vision_attention",
-    )
-
-
-def layers_of(site: str, anatomy: Anatomy) -> int:
-    """How many layers a site has in a model."""
-    if site == "projector_out":
-        return 1
-    return anatomy.n_vision_layers if site in VISION_SITES else anatomy.n_layers
-
-
-def check_sites(sites: Sequence[Site], anatomy: Anatomy) -> list[Site]:
-    """Sites with their layers spelled out, checked against a model.
-
-    Raises:
-        UnknownNameError: an unknown site, position name, reduction, or layer or head outside the model.
-        InputError: two recordings under one label, or no recording.
-    """
-    if not sites:
-        raise InputError("a trace of no site records nothing; ask for one, such as sites.resid_post(layers=[2])")
-    checked: list[Site] = []
-    seen: set[str] = set()
-    for site in sites:
-        if not isinstance(site, Site):
-            raise InputError(f"a trace takes sites such as sites.resid_post(layers=[2]); found {site!r}")
-        if site.name not in SITES:
-            raise unknown("site", site.name, SITES)
-        if site.label in seen:
-            raise InputError(f"two recordings are called {site.label!r}; give one another name with label=...")
-        seen.add(site.label)
-        checked.append(_check_site(site, anatomy))
-    return checked
-
-
-def _check_site(site: Site, anatomy: Anatomy) -> Site:
-    known = VISION_POSITIONS if site.is_vision else TEXT_POSITIONS
-    chosen = (site.queries, site.keys) if site.is_attention else (site.positions,)
-    for positions in chosen:
-        if isinstance(positions, str) and positions not in known:
-            raise unknown(f"position for {site.name}", positions, known)
-        if not isinstance(positions, str | Tensor) or (site.is_vision and isinstance(positions, Tensor)):
-            names = ", ".join(repr(name) for name in known)
-            mask = "" if site.is_vision else ", or a bool tensor [batch, position]"
-            raise InputError(f"{site.name}: positions are one of {names}{mask}; found {type(positions).__name__}")
-        if isinstance(positions, Tensor) and (positions.dtype != torch.bool or positions.ndim != 2):
-            raise InputError(
-                f"{site.name}: a position mask must be bool [batch, position], found {positions.dtype} "
-                f"{list(positions.shape)}"
-            )
-        if isinstance(positions, str) and positions == "cls" and not anatomy.has_cls:
-            raise InputError(f"{site.name}: this model's vision tower has no CLS token")
-    for reduction in (site.reduce, site.reduce_queries, site.reduce_keys, site.reduce_heads):
-        if reduction not in (None, "mean", "sum"):
-            raise unknown("reduction", str(reduction), ("mean", "sum"))
-    n_layers = layers_of(site.name, anatomy)
-    n_heads = anatomy.n_vision_heads if site.is_vision else anatomy.n_heads
-    layers = tuple(range(n_layers)) if site.layers is None else site.layers
-    _check_numbers(f"layer of {site.name}", layers, n_layers)
-    if site.heads is not None:
-        _check_numbers(f"head of {site.name}", site.heads, n_heads)
-    return replace(site, layers=layers)
-
-
-def _check_numbers(kind: str, numbers: Sequence[int], count: int) -> None:
-    if not numbers:
-        raise InputError(f"no {kind} is asked for")
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < count:
-            raise InputError(f"{kind}: {number!r} is not one of 0 to {count - 1}")
-    if len(set(numbers)) != len(numbers):
-        raise InputError(f"{kind}: {list(numbers)} names one twice")
+    reductions = {"reduce_queries": reduce_queries, "reduce_keys": reduce_keys, "reduce_heads": reduce_heads}
+    return _attention("vision_attention", layers, heads, label, queries=queries, keys=keys, **reductions)

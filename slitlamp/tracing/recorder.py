@@ -1,0 +1,189 @@
+"""Filling a trace during one run: choosing, reducing and storing what passes each site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from slitlamp.errors import UnsupportedError
+from slitlamp.models.anatomy import Anatomy
+from slitlamp.tracing.attention_tap import Rows
+from slitlamp.tracing.call import Calls, Selection, vision_selection
+from slitlamp.tracing.places import Tiles
+from slitlamp.tracing.reductions import reduce_axis, take
+from slitlamp.tracing.sites import Positions, Site
+from slitlamp.tracing.trace import Step, Trace
+
+Weights = Callable[[Tensor | None], Tensor]
+
+
+class Recorder:
+    """Fills a trace during one run.
+
+    Args:
+        trace: to be filled.
+        anatomy: of the model.
+        calls: the forward calls of the run.
+        tiles: for towers that run over all tiles as one sequence, where each tile is in it; given whether after the
+            projector.
+    """
+
+    def __init__(
+        self, trace: Trace, anatomy: Anatomy, calls: Calls, tiles: Callable[[bool], Tiles | None] = lambda merged: None
+    ) -> None:
+        self.trace = trace
+        self.anatomy = anatomy
+        self.calls = calls
+        self.tiles = tiles
+
+    def begin(self) -> None:
+        """A forward call starts. That over the prompt has its step already, for what ran ahead of it (the vision tower)."""
+        if not self.trace.steps or self.calls.number > 0:
+            self.trace.steps.append(Step())
+
+    def _store(self, site: Site, layer: int, values: Tensor, mask: Tensor) -> None:
+        step = self.trace.steps[-1]
+        step.values.setdefault(site.label, {})[layer] = values
+        step.masks.setdefault(site.label, mask)
+
+    def _chosen(self, site: Site, positions: Positions, values: Tensor, axis: int = 1) -> Selection | None:
+        if not site.is_vision:
+            return self.calls.select(positions)
+        merged = site.name == "projector_out"
+        tiles = self.tiles(merged)
+        has_cls = self.anatomy.has_cls and not merged
+        valid = None if tiles is None else tiles.valid
+        return vision_selection(values.shape[0], values.shape[axis], positions, has_cls, values.device, valid)
+
+    # -- states -----------------------------------------------------------------------------------------------------
+
+    def state(self, site: Site, layer: int) -> Callable[[Tensor], None]:
+        """A function that records the values [row, position, ...] that pass a site of states."""
+        heads = None if site.heads is None else list(site.heads)
+
+        def record(values: Tensor) -> None:
+            selection = self._chosen(site, site.positions, values)
+            if selection is None:
+                return
+            if heads is not None:
+                values = values[:, :, heads]
+            taken = take(values, selection, axis=1)
+            if site.reduce is not None:
+                taken = reduce_axis(taken, None if selection.full else selection.valid, 1, site.reduce)
+                self._store(site, layer, taken, selection.valid.any(dim=1, keepdim=True))
+            else:
+                self._store(site, layer, taken, selection.valid)
+
+        return record
+
+    def logits(self, site: Site) -> Callable[[Tensor], None]:
+        """A function that records the model's logits [row, position, d_vocab], which may be those of the last positions
+        alone.
+
+        Raises:
+            UnsupportedError: logits of a position for which the model computed none.
+        """
+
+        def record(values: Tensor) -> None:
+            selection = self.calls.select(site.positions)
+            if selection is None:
+                return
+            length = self.calls.batch.length if self.calls.is_prefill else 1
+            missing = length - values.shape[1]
+            if missing:
+                index = selection.index.to(values.device) - missing
+                if bool((index[selection.valid.to(values.device)] < 0).any()):
+                    raise UnsupportedError(
+                        f"{site.label}: the model computed logits of the last {values.shape[1]} positions alone; in "
+                        'generate, record positions="last", and those of other positions by vlm.forward'
+                    )
+                everything = selection.everything or (selection.full and selection.count == values.shape[1])
+                selection = Selection(index.clamp(min=0), selection.valid, selection.full, everything)
+            taken = take(values, selection, axis=1)
+            if site.reduce is not None:
+                taken = reduce_axis(taken, None if selection.full else selection.valid, 1, site.reduce)
+                self._store(site, 0, taken, selection.valid.any(dim=1, keepdim=True))
+            else:
+                self._store(site, 0, taken, selection.valid)
+
+        return record
+
+    # -- attention --------------------------------------------------------------------------------------------------
+
+    def rows(self, site: Site, layer: int) -> Rows:
+        """A function that records attention weights."""
+        if site.is_vision and self.anatomy.tower.unpack is not None:
+            return self._packed_rows(site, layer)
+
+        def record(weights: Weights, query: Tensor) -> None:
+            queries = self._chosen(site, site.queries, query, axis=2)
+            keys = self._keys(site, query)
+            if queries is None or keys is None:
+                return
+            taken = weights(None if queries.everything else queries.index.to(query.device))
+            if site.heads is not None:
+                taken = taken[:, list(site.heads)]
+            self._store_rows(site, layer, take(taken, keys, axis=3), queries, keys)
+
+        return record
+
+    def _keys(self, site: Site, query: Tensor) -> Selection | None:
+        if site.is_vision:
+            return self._chosen(site, site.keys, query, axis=2)
+        if site.name != "cross_attention":
+            return self.calls.select_keys(site.keys)
+        mask = self.calls.batch.cross_mask
+        return Selection.of(mask) if mask is not None and bool(mask.any()) else None
+
+    def _store_rows(self, site: Site, layer: int, taken: Tensor, queries: Selection, keys: Selection) -> None:
+        """Store weights [row, head, query, key] of chosen queries and keys, reduced as asked."""
+        if not queries.full:
+            taken = taken.masked_fill(~queries.valid.to(taken.device)[:, None, :, None], 0)
+        if site.reduce_keys is not None:
+            taken = reduce_axis(taken, None if keys.full else keys.valid, 3, site.reduce_keys)
+        if site.reduce_queries is not None:
+            taken = reduce_axis(taken, None if queries.full else queries.valid, 2, site.reduce_queries)
+        if site.reduce_heads is not None:
+            taken = reduce_axis(taken, None, 1, site.reduce_heads)
+        valid = queries.valid if site.reduce_queries is None else queries.valid.any(dim=1, keepdim=True)
+        self._store(site, layer, taken, valid)
+        self.trace.steps[-1].key_masks.setdefault(site.label, keys.valid)
+
+    def _packed_rows(self, site: Site, layer: int) -> Rows:
+        """For a tower that runs over all tiles as one sequence, whose attention may come in several calls (one per image,
+        one per window): weights between positions that no call puts together are 0."""
+        done = 0
+
+        def record(weights: Weights, query: Tensor) -> None:
+            nonlocal done
+            tiles = self.tiles(False)
+            if tiles is None:
+                return
+            n_tiles, width = tiles.index.shape
+            queries = vision_selection(n_tiles, width, site.queries, self.anatomy.has_cls, query.device, tiles.valid)
+            keys = vision_selection(n_tiles, width, site.keys, self.anatomy.has_cls, query.device, tiles.valid)
+            step = self.trace.steps[-1].values.setdefault(site.label, {})
+            if layer not in step:
+                heads = query.shape[1] if site.heads is None else len(site.heads)
+                step[layer] = query.new_zeros(n_tiles, heads, width, width)
+            whole = step[layer]
+            n_rows, length = query.shape[0], query.shape[2]
+            index = tiles.index.to(query.device)
+            inside = tiles.valid.to(query.device) & (index >= done) & (index < done + n_rows * length)
+            for tile in inside.any(dim=1).nonzero()[:, 0].tolist():
+                places = inside[tile].nonzero()[:, 0]
+                at = index[tile, places] - done
+                row, column = int(at[0]) // length, at % length
+                block = weights(column[None, :].expand(n_rows, -1))[row]
+                if site.heads is not None:
+                    block = block[list(site.heads)]
+                whole[tile, :, places[:, None], places[None, :]] = block[:, :, column]
+            done += n_rows * length
+            if done > int(tiles.index.max()):  # the last call of this layer
+                done = 0
+                del step[layer]
+                taken = take(take(whole, queries, axis=2), keys, axis=3)
+                self._store_rows(site, layer, taken, queries, keys)
+
+        return record
