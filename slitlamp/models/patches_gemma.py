@@ -40,6 +40,6 @@ def gemma3_patches(
     if pictures != n_images:
         raise UnsupportedError(
             f"{pictures} pictures for {n_images} images: pan and scan, which adds crops of an image, is not supported; "
-            "load the processor with do_pan_and_scan=False"
+            "set do_pan_and_scan to False in the processor's images_kwargs"
         )
     return [_square(int(config.mm_tokens_per_image**0.5)) for _ in range(n_images)]

@@ -64,7 +64,7 @@ def build_paligemma(seed: int = 0, *, second: bool = False) -> VLM:
     return VLM.wrap(model, processor, "tiny-paligemma2" if second else "tiny-paligemma")
 
 
-def build_gemma3(seed: int = 0, *, pan_and_scan: bool = False) -> VLM:
+def build_gemma3(seed: int = 0) -> VLM:
     """A random Gemma 3 with 4 tokens per image, of 4 patches each; its second layer attends in full."""
     torch.manual_seed(seed)
     named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
@@ -87,8 +87,7 @@ def build_gemma3(seed: int = 0, *, pan_and_scan: bool = False) -> VLM:
     model = Gemma3ForConditionalGeneration(config).eval()
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
     set_generation(model, special)
-    options = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 4} if pan_and_scan else {}
-    processor = Gemma3Processor(Gemma3ImageProcessorPil(**SIDE, **options), tokenizer, image_seq_length=4)
+    processor = Gemma3Processor(Gemma3ImageProcessorPil(**SIDE), tokenizer, image_seq_length=4)
     return VLM.wrap(model, processor, "tiny-gemma3")
 
 
