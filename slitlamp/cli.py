@@ -44,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="slitlamp")
     except SlitlampError as error:
-        err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        from slitlamp.experiments.processes import n_processes, process_number
+
+        where = "" if n_processes() == 1 else f" in process {process_number()}"
+        err.print(Text.assemble((f"error{where}: ", "bold red"), str(error)), soft_wrap=True)
         raise SystemExit(2) from None
 
 
@@ -91,6 +94,7 @@ def run(
 def _run(config: Config, path: Path, output: Path | None, overwrite: bool) -> None:
     from slitlamp.experiments import Experiment
     from slitlamp.experiments.places import inside
+    from slitlamp.experiments.processes import is_main_process
 
     _silence_libraries()
     folders = [path.resolve().parent, Path.cwd()]
@@ -99,10 +103,12 @@ def _run(config: Config, path: Path, output: Path | None, overwrite: bool) -> No
         output = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     experiment = Experiment.from_config(config, output=output, folders=folders, overwrite=overwrite)
     try:
-        _report(experiment.run())
+        finished = experiment.run()
     except KeyboardInterrupt:
         err.print(f"stopped; the same command goes on from here ({output})")
         raise SystemExit(130) from None
+    if is_main_process():
+        _report(finished)
 
 
 @app.command()

@@ -54,7 +54,7 @@ def describe_device(device: Any) -> str:
     return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device.type)
 
 
-def describe(vlm: VLM, revision: str | None, seed: int, data: dict[str, str]) -> dict[str, Any]:
+def describe(vlm: VLM, revision: str | None, seed: int, data: dict[str, str], processes: int = 1) -> dict[str, Any]:
     """The environment of a run, the time of its steps aside."""
     import torch
 
@@ -73,5 +73,6 @@ def describe(vlm: VLM, revision: str | None, seed: int, data: dict[str, str]) ->
         "git_commit": git_commit(),
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "data": data,
     }

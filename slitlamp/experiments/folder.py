@@ -27,6 +27,7 @@ FIGURES = "figures"
 SHOWCASE = "showcase"
 REPORT = "report.html"
 _MARKER = ".slitlamp-run"
+_WRITE_TEST = ".write-test."
 _OURS = (CONFIG, ENVIRONMENT, PREDICTIONS, PARTS, TABLES, FIGURES, SHOWCASE, REPORT)
 
 
@@ -69,18 +70,21 @@ class RunFolder:
             existing = existing.parent
         if not existing.is_dir():
             raise RunFolderError(f"cannot create the run folder {self.path}: {existing} is not a folder")
-        probe = existing / f".write-test.{os.getpid()}"
+        probe = existing / f"{_WRITE_TEST}{os.getpid()}"
         try:
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # a process of the same number on another machine may have been faster
         except OSError as error:
             raise RunFolderError(
                 f"cannot write to {existing} (for the run folder {self.path}): {error.strerror}"
             ) from error
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / _MARKER).exists():
+        if self.path.is_dir() and self._holds_files() and not (self.path / _MARKER).exists():
             raise RunFolderError(
                 f"{self.path} holds files and was not made by slitlamp; choose another output folder or an empty one"
             )
+
+    def _holds_files(self) -> bool:
+        return any(not one.name.startswith(_WRITE_TEST) for one in self.path.iterdir())  # another process's test
 
     def check_config(self, config: Mapping[str, Any], title: str = "configuration") -> None:
         """Raise RunFolderError, with what differs, when another configuration made this folder."""

@@ -7,20 +7,21 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from slitlamp.errors import RunFolderError
+from slitlamp.errors import RunFolderError, UnsupportedError
 from slitlamp.experiments import environment, storage
 from slitlamp.experiments.conditions import Condition, condition_table
 from slitlamp.experiments.config import ModelConfig
 from slitlamp.experiments.datasets import Dataset, Item
-from slitlamp.experiments.folder import ENVIRONMENT, PREDICTIONS, TABLES, Part, Unit
+from slitlamp.experiments.folder import CONFIG, ENVIRONMENT, PREDICTIONS, TABLES, Part, Unit
 from slitlamp.experiments.labels import token_labels
 from slitlamp.experiments.models import load_model
 from slitlamp.experiments.plan import Plan
+from slitlamp.experiments.processes import Processes, started_together
 from slitlamp.experiments.progress import progress_bar
 from slitlamp.experiments.run import Run
 from slitlamp.experiments.scores import score
@@ -33,33 +34,70 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+VISIBLE = 60.0
+"""Seconds that a network file system may take to show what another machine has written."""
+
 
 class Runner:
-    """Runs a plan in its folder. What an earlier, killed process finished is not done again."""
+    """Runs a plan in its folder. What an earlier, killed process finished is not done again.
+
+    Of several processes (`accelerate launch`), each does every n-th unit; the first one writes what follows from all
+    units. A unit is the same batch whoever does it, so the tables do not depend on their number, which may also be
+    another one when a killed run goes on.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.folder = plan.folder
         self._seconds: dict[str, float] = {}
+        self._processes = Processes()
         self._vlm: VLM | None = None if isinstance(plan.model, ModelConfig) else plan.model
 
     def run(self) -> Run:
         """Do what is left to do."""
-        plan = self.plan
-        with self.folder.open(plan.config(), overwrite=plan.experiment.overwrite):
-            data = {one.name: one.fingerprint() for one in plan.datasets}
-            self.folder.check_identity({"data": data, "versions": environment.versions()})
-            if self._is_finished():
-                self.folder.remove_parts()
-                return Run(self.folder.path)
-            facts = self._facts(data)
-            self.folder.check_identity({key: facts[key] for key in environment.IDENTITY})
-            self._write_environment(facts, finished=False)
-            self._do_units()
-            self._write_results()
-            self._write_environment(facts, finished=True)
-            self.folder.remove_parts()
+        with started_together() as self._processes, ExitStack() as opened:
+            data = {one.name: one.fingerprint() for one in self.plan.datasets}
+            if not self._open(opened, data):
+                self._work(data)
         return Run(self.folder.path)
+
+    def _open(self, opened: ExitStack, data: dict[str, str]) -> bool:
+        """Open the folder in the first process, the others looking on; returns whether the run has ended before."""
+        plan, team = self.plan, self._processes
+        with team.step("open"):
+            if team.is_main:
+                opened.enter_context(self.folder.open(plan.config(), overwrite=plan.experiment.overwrite))
+                self.folder.check_identity({"data": data, "versions": environment.versions()})
+        with team.step("look"):
+            if not (self.folder.path / CONFIG).is_file():
+                raise RunFolderError(
+                    f"process {team.rank} of {team.size} does not see the run folder {self.folder.path}, which process 0 "
+                    "has opened; the output must lie on a file system that all machines share"
+                )
+            self.folder.check_config(plan.config())
+            finished = self._is_finished()
+        if finished and team.is_main:
+            self.folder.remove_parts()
+        return finished
+
+    def _work(self, data: dict[str, str]) -> None:
+        team = self._processes
+        with team.step("model"):
+            facts = self._facts(data)
+            identity = {key: facts[key] for key in environment.IDENTITY}
+            if team.is_main:
+                self.folder.check_identity(identity)
+                self._write_environment(facts, finished=False)
+        with team.step("units"):
+            if not team.is_main:
+                self.folder.check_identity(identity)
+            self._do_units()
+        with team.step("results"):
+            if team.is_main:
+                self._check_units()
+                self._write_results()
+                self._write_environment(facts, finished=True)
+                self.folder.remove_parts()
 
     # -- model and environment --------------------------------------------------------------------------------------
 
@@ -69,18 +107,23 @@ class Runner:
         if self._vlm is None:
             assert isinstance(self.plan.model, ModelConfig)
             with self._timed("load model"):
-                self._vlm = load_model(self.plan.model)
+                self._vlm = load_model(self.plan.model, self._processes)
         return self._vlm
 
     def _facts(self, data: dict[str, str]) -> dict[str, Any]:
         plan = self.plan
+        if self._processes.size > 1 and (getattr(self.vlm.model, "tp_size", None) or 1) > 1:
+            raise UnsupportedError(
+                "this model is spread over the processes (tensor parallel), so they cannot work on different items; run the "
+                "experiment in one process with device_map='auto', or load the whole model in each"
+            )
         for condition in plan.conditions:
             for one in condition.interventions:
                 one.check(self.vlm.anatomy)
         for probe in plan.probes.values():
             probe.sites(self.vlm.anatomy)
         revision = plan.model.revision if isinstance(plan.model, ModelConfig) else None
-        return environment.describe(self.vlm, revision, plan.experiment.seed, data)
+        return environment.describe(self.vlm, revision, plan.experiment.seed, data, self._processes.size)
 
     def _is_finished(self) -> bool:
         path = self.folder.path / ENVIRONMENT
@@ -124,16 +167,30 @@ class Runner:
                     yield Unit(condition.name, data.name, chunk), data.items[start : start + size]
 
     def _do_units(self) -> None:
-        units = list(self._units())
+        team = self._processes
+        units = list(self._units())[team.rank :: team.size]
         datasets = {one.name: one for one in self.plan.datasets}
-        with progress_bar(self.plan.experiment.progress) as bar:
+        share = "" if team.size == 1 else f" · process 1 of {team.size}"
+        with progress_bar(self.plan.experiment.progress and team.is_main) as bar:
             task = bar.add_task("", total=sum(len(items) for _, items in units))
             for unit, items in units:
-                bar.update(task, description=f"{unit.condition} · {unit.dataset}")
+                team.check()
+                bar.update(task, description=f"{unit.condition} · {unit.dataset}{share}")
                 if not self._is_done(unit, items):
                     condition = self.plan.condition(unit.condition)
                     self.folder.write_part(unit, self._do(unit, condition, datasets[unit.dataset], items))
                 bar.advance(task, len(items))
+
+    def _check_units(self) -> None:
+        """Raise when units of other processes do not appear here."""
+        end = time.monotonic() + VISIBLE
+        while missing := [unit for unit, _ in self._units() if not self.folder.has_part(unit)]:
+            if self._processes.size == 1 or time.monotonic() > end:
+                raise RunFolderError(
+                    f"{len(missing)} finished units are not in {self.folder.path} (the first: {missing[0].file}); the "
+                    "output must lie on a file system that all machines share"
+                )
+            time.sleep(1.0)
 
     def _is_done(self, unit: Unit, items: Sequence[Item]) -> bool:
         if not self.folder.has_part(unit):
