@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from slitlamp.errors import InputError, unknown
+from slitlamp.errors import InputError, UnsupportedError, unknown
 from slitlamp.models.batch import Batch
 from slitlamp.tracing.call import Calls
 from slitlamp.tracing.session import Edit
@@ -27,14 +27,16 @@ def check_image_free(how: str) -> None:
 
 
 def image_free(batch: Batch, how: ImageFree = "deleted", seed: int = 0) -> tuple[Batch, list[Edit]]:
-    """A batch whose rows say nothing of their images.
+    """A batch whose rows say nothing of their images, but for their number and, unless deleted, their sizes.
 
     Args:
         batch: rows with images.
         how: "deleted": the image tokens are taken out, so that rows get shorter and positions shift (VHD, Eq. 3);
             "zero": image embeddings are set to 0 at equal length;
             "mean": each image embedding is replaced by the mean of its row's image embeddings;
-            "noise": the pixels are replaced by one Gaussian noise image, the same for all rows.
+            "noise": the pixels are replaced by one Gaussian noise image, the same for all rows; where the tower takes
+            images of any size, by one of each size.
+            What DeepStack adds to the residual stream (Qwen3-VL) is treated as the embeddings are.
         seed: of the noise.
 
     Returns:
@@ -42,6 +44,8 @@ def image_free(batch: Batch, how: ImageFree = "deleted", seed: int = 0) -> tuple
 
     Raises:
         InputError: a row without an image.
+        UnsupportedError: "zero" or "mean" in a family that reads the image by cross-attention, which has no image
+            embeddings.
         UnknownNameError: an unknown `how`.
     """
     check_image_free(how)
@@ -51,17 +55,68 @@ def image_free(batch: Batch, how: ImageFree = "deleted", seed: int = 0) -> tuple
     if how == "deleted":
         return batch.without_images(), []
     if how == "noise":
-        pixels: Tensor = batch.extra["pixel_values"]
-        one = torch.randn(pixels.shape[1:], generator=torch.Generator().manual_seed(seed))
-        return batch.with_pixels(one.to(pixels).expand_as(pixels).contiguous()), []
+        return batch.with_pixels(_noise(batch, seed)), []
+    if batch.cross_mask is not None:
+        raise UnsupportedError(
+            f"this family reads the image by cross-attention: it has no image embeddings for {how!r} to replace; use "
+            "'deleted' or 'noise'"
+        )
+
+    def replace(values: Tensor, calls: Calls) -> Tensor:
+        return _replaced(values, calls.batch.image_mask, how) if calls.is_prefill else values
+
+    after = [edit for layer in batch.deepstack_layers for edit in _deepstack_edits(layer, how)]
+    return batch, [Edit("resid_pre", 0, replace), *after]
+
+
+def _replaced(values: Tensor, mask: Tensor, how: str) -> Tensor:
+    """Values [batch, position, d_model] with 0, or the mean of the row's, where the mask [batch, position] is true."""
+    mask = mask.to(values.device)[..., None]
+    if how == "zero":
+        return values.masked_fill(mask, 0)
+    mean = (values.float() * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
+    return torch.where(mask, mean.to(values.dtype), values)
+
+
+def _deepstack_edits(layer: int, how: str) -> list[Edit]:
+    """Edits that replace what DeepStack adds after a layer, which is the difference between two sites."""
+    before: list[Tensor] = []
+
+    def keep(values: Tensor, calls: Calls) -> Tensor:
+        if calls.is_prefill:
+            before[:] = [values]
+        return values
 
     def replace(values: Tensor, calls: Calls) -> Tensor:
         if not calls.is_prefill:
             return values
-        mask = calls.batch.image_mask[..., None]
-        if how == "zero":
-            return values.masked_fill(mask, 0)
-        mean = (values.float() * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
-        return torch.where(mask, mean.to(values.dtype), values)
+        stream = before.pop().to(values.device)
+        mask = calls.batch.image_mask.to(values.device)
+        return torch.where(mask[..., None], stream + _replaced(values - stream, mask, how), values)
 
-    return batch, [Edit("resid_pre", 0, replace)]
+    return [Edit("resid_post", layer, keep), Edit("resid_pre", layer + 1, replace)]
+
+
+def _noise(batch: Batch, seed: int) -> Tensor:
+    """Pixels of noise in the layout of the batch's, which does not depend on what else is in the batch."""
+    pixels: Tensor = batch.extra["pixel_values"]
+    sizes = batch.extra.get("image_sizes")
+    grids: Tensor | None = batch.extra.get("image_grid_thw")
+    if grids is not None:  # [patch of any image, channel x frame x pixel]
+        width = pixels.shape[1] // (3 * batch.frames)
+        drawn = [_draw(seed, int(count), 3, 1, width) for count in grids.prod(dim=-1).tolist()]
+        return torch.cat([one.expand(-1, -1, batch.frames, -1).flatten(1) for one in drawn]).to(pixels)
+    noise = torch.zeros(pixels.shape)
+    if sizes is not None and pixels.ndim == 4:  # each image filled up with zeros to the size of the largest
+        for number, (height, width) in enumerate(sizes):
+            noise[number, :, :height, :width] = _draw(seed, pixels.shape[1], height, width)
+        return noise.to(pixels)
+    generator = torch.Generator().manual_seed(seed)
+    for tile in noise.flatten(1, -4).unbind(1) if pixels.ndim > 4 else [noise]:
+        tile.copy_(torch.randn(pixels.shape[-3:], generator=generator))
+    # tiles that fill up a row are 0, by which some families know them
+    return torch.where((pixels == 0).flatten(-3).all(dim=-1)[..., None, None, None], 0, noise.to(pixels))
+
+
+def _draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

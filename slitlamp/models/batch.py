@@ -34,6 +34,9 @@ class Batch:
             before.
         cross_mask: for families that read the image by cross-attention, bool [batch, key]: which keys of it are tokens
             of an image. None for all others.
+        frames: for pixels given as patches, how many times each has the same pixels (Qwen-VL: an image is a film of 2
+            frames).
+        deepstack_layers: see `Anatomy.deepstack_layers`.
         pad_token_id: the id at padding positions.
         image_token_id: the id at image positions.
     """
@@ -51,6 +54,8 @@ class Batch:
     aligned: dict[str, Tensor] = field(default_factory=dict)
     fills: Mapping[str, int | Literal["last"]] = field(default_factory=dict)
     cross_mask: Tensor | None = None
+    frames: int = 1
+    deepstack_layers: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:

@@ -121,6 +121,8 @@ def encode(
         aligned=aligned,
         fills=dict(family.aligned),
         cross_mask=None if cross_mask is None else cross_mask.to(device),
+        frames=int(getattr(config.vision_config, "temporal_patch_size", None) or 1),
+        deepstack_layers=anatomy.deepstack_layers,
     )
     return batch if given is loaded else _without_blanks(batch)
 

@@ -1,11 +1,14 @@
 """Versions of a batch that say nothing of the image."""
 
+import functools
+
 import pytest
 import torch
+from tiny_models import BUILDERS
 
 from slitlamp.decoding import image_free
 from slitlamp.decoding.views import IMAGE_FREE
-from slitlamp.errors import InputError, UnknownNameError
+from slitlamp.errors import InputError, UnknownNameError, UnsupportedError
 from slitlamp.tracing import sites
 from slitlamp.vlm import VLM
 
@@ -96,3 +99,70 @@ def test_rows_without_an_image_and_unknown_ways_are_refused(llava, image):
             image_free(batch, how)
     with pytest.raises(UnknownNameError, match="unknown way of removing the image 'delete'; did you mean 'deleted'"):
         image_free(batch, "delete")
+
+
+@functools.cache
+def built(name) -> VLM:
+    return BUILDERS[name]()
+
+
+def encoded(vlm, pictures):
+    """One row per list of images: its placeholders, and a question."""
+    family = vlm.anatomy.family
+    placeholder = "" if family.placeholder is None else getattr(vlm.processor, family.placeholder)
+    return vlm.encode(pictures, [f"{placeholder} " * len(row) + "is this red ?" for row in pictures])
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("how", IMAGE_FREE)
+def test_in_every_family_nothing_of_the_image_is_left(how, name, image):
+    vlm = built(name)
+    if vlm.anatomy.family.cross is not None and how in ("zero", "mean"):
+        with pytest.raises(UnsupportedError, match="cross-attention"):
+            image_free(encoded(vlm, [[image(0)]]), how)
+        return
+    found = []
+    for seed in (0, 10):
+        batch = encoded(vlm, [[image(seed, 40, 24)], [image(seed + 1)]])
+        free, edits = image_free(batch, how)
+        found.append(trace_of(vlm, free, edits)["resid_post"].stack())
+        found.append(trace_of(vlm, batch, [])["resid_post"].stack())
+    assert not torch.equal(found[1], found[3])
+    if how == "mean":  # says of the image what its mean says
+        assert not torch.equal(found[0], found[1])
+    else:
+        assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_noise_does_not_depend_on_the_rest_of_the_batch(name, image):
+    vlm = built(name)
+    small, large = [image(0)], [image(1, 44, 36)]
+    alone, edits = image_free(encoded(vlm, [small]), "noise")
+    assert edits == []
+    both, _ = image_free(encoded(vlm, [large, small]), "noise")
+    wanted = vlm.forward(alone).logits[0]
+    torch.testing.assert_close(vlm.forward(both).logits[1, -alone.length :], wanted, rtol=0, atol=1e-4)
+    other, _ = image_free(encoded(vlm, [small]), "noise", seed=1)
+    assert not torch.allclose(vlm.forward(other).logits[0], wanted, atol=1e-3)
+
+
+def test_noise_of_a_patch_is_the_same_in_its_frames(image):
+    vlm = built("qwen2_vl")
+    pixels = image_free(encoded(vlm, [[image(0)]]), "noise")[0].extra["pixel_values"]
+    frames = pixels.view(len(pixels), 3, 2, 16)  # as the image processor lays patches out
+    assert torch.equal(frames[:, :, 0], frames[:, :, 1])
+    assert len(torch.unique(frames[:, :, 0])) == len(pixels) * 3 * 16
+
+
+def test_zero_and_mean_replace_what_deepstack_adds(image):
+    vlm = built("qwen3_vl")
+    batch = encoded(vlm, [[image(0, 40, 24)], [image(1)]])
+    for how in ("zero", "mean"):
+        trace = vlm._extra_pass(batch, [sites.resid_pre(), sites.resid_post()], image_free(batch, how)[1])
+        for layer in (0, 1):
+            added = trace["resid_pre"][layer + 1] - trace["resid_post"][layer]
+            for row in range(2):
+                of_image = added[row][batch.image_mask[row][batch.real_mask[row]].nonzero()[:, 0]]
+                assert torch.all(of_image == 0) == (how == "zero")
+                torch.testing.assert_close(of_image, of_image[:1].expand_as(of_image), rtol=0, atol=1e-5)
