@@ -18,7 +18,9 @@ from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models import Anatomy, Batch, family_of, read_anatomy
 from slitlamp.models.encode import encode
 from slitlamp.tracing import Edit, Probe, Site, Trace, check_sites, session
+from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.probe import Labels
+from slitlamp.tracing.trace import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -194,8 +196,15 @@ class VLM:
         )
 
     @contextmanager
-    def trace(self, *sites: Site) -> Iterator[Trace]:
+    def trace(self, *sites: Site, gradient_of: Scalar | None = None) -> Iterator[Trace]:
         """Record sites in the one `forward` or `generate` that runs inside.
+
+        Args:
+            sites: what to record.
+            gradient_of: (output of the Hugging Face model) -> a tensor, summed to the scalar whose gradients with respect
+                to everything recorded are put into `trace.gradients`, for example
+                `lambda output: output.logits[:, -1, yes] - output.logits[:, -1, no]`. One `forward` only; no gradient is
+                left in the model's parameters.
 
         Recording attention runs the model by SDPA for that run, also one that was loaded with eager attention: its answers
         then differ by rounding.
@@ -203,7 +212,8 @@ class VLM:
         Raises:
             UnknownNameError, InputError: a site that this model does not have.
         """
-        trace = Trace(check_sites(sites, self.anatomy))
+        trace = Trace(check_sites(sites, self.anatomy), gradient_of)
+        trace.source = Source(self.model, self.anatomy, self.tokenizer)
         self._traces.append(trace)
         try:
             yield trace

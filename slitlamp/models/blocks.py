@@ -18,6 +18,7 @@ class Place:
         gate: path of a parameter by which the block multiplies what comes out before adding it to the residual stream:
             recorded values are multiplied by it too.
         tanh: whether it multiplies by the gate's tanh.
+        read_only: whether the block goes on with these values by another way too, which a change here would not reach.
     """
 
     path: str
@@ -26,6 +27,7 @@ class Place:
     third: int | None = None
     gate: str | None = None
     tanh: bool = False
+    read_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Block:
             "cross_attention" if self.cross else "attention": Place(of(self.attention)),
         }
         if self.ln2 is not None:
-            found["resid_mid"] = Place(of(self.ln2), at_input=True)
+            found["resid_mid"] = Place(of(self.ln2), at_input=True, read_only=True)
             found["ln2"] = Place(of(self.ln2))
         if self.mlp_out is not None:
             found["mlp_out"] = Place(of(self.mlp_out), **_gate(block, self.mlp_gate))

@@ -87,8 +87,10 @@ class View:
 
     @property
     def can_be_changed(self) -> bool:
-        """Whether `back` can undo `of`: not for a third of a fused projection, nor for gated values."""
-        return self.place.third is None and self.gate is None
+        """Whether an edit here reaches all that follows, and `back` can undo `of`: not for a third of a fused projection, nor
+        for gated values.
+        """
+        return self.place.third is None and self.gate is None and not self.place.read_only
 
 
 def hook(

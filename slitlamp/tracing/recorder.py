@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,8 @@ from slitlamp.errors import UnsupportedError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.tracing.attention_tap import Rows
 from slitlamp.tracing.call import Calls, Selection, vision_selection
-from slitlamp.tracing.places import Tiles
+from slitlamp.tracing.gradients import Gradients
+from slitlamp.tracing.places import Tiles, View
 from slitlamp.tracing.reductions import reduce_axis, take
 from slitlamp.tracing.sites import Positions, Site
 from slitlamp.tracing.trace import Step, Trace
@@ -36,11 +38,21 @@ class Recorder:
         self.anatomy = anatomy
         self.calls = calls
         self.tiles = tiles
+        self.gradients = None if trace.gradient_of is None else Gradients(trace.gradient_of)
+        self._of_gradients = None if trace.gradients is None else Recorder(trace.gradients, anatomy, calls, tiles)
 
     def begin(self) -> None:
         """A forward call starts. That over the prompt has its step already, for what ran ahead of it (the vision tower)."""
         if not self.trace.steps or self.calls.number > 0:
             self.trace.steps.append(Step())
+        if self._of_gradients is not None:
+            self._of_gradients.trace.batch = self.calls.batch
+            self._of_gradients.begin()
+
+    def differentiate(self, output: Any, *, keep_graph: bool) -> None:
+        """The model has run: record the gradients with respect to what was recorded."""
+        if self.gradients is not None:
+            self.gradients.compute(output, keep_graph=keep_graph)
 
     def _store(self, site: Site, layer: int, values: Tensor, mask: Tensor) -> None:
         step = self.trace.steps[-1]
@@ -58,8 +70,31 @@ class Recorder:
 
     # -- states -----------------------------------------------------------------------------------------------------
 
-    def state(self, site: Site, layer: int) -> Callable[[Tensor], None]:
-        """A function that records the values [row, position, ...] that pass a site of states."""
+    def state(self, site: Site, layer: int, view: View) -> Callable[[Tensor, Tensor], None]:
+        """A function that records the values [row, position, ...] that pass a site of states, and watches the tensor that
+        holds them if gradients are wanted.
+        """
+        return self._watching(site, layer, self._keeping(site, layer), view)
+
+    def _watching(
+        self, site: Site, layer: int, keep: Callable[[Tensor], None], view: View | None
+    ) -> Callable[[Tensor, Tensor], None]:
+        if self.gradients is None or self._of_gradients is None:
+            return lambda values, raw: keep(values)
+        if view is not None and view.gate is not None:
+            raise UnsupportedError(
+                f"{site.label}: gradients with respect to gated outputs are not given; use resid_mid"
+            )
+        gradients, of = self.gradients, self._of_gradients
+        keep_gradient = of._logits(site) if site.name == "logits" else of._keeping(site, layer)
+
+        def record(values: Tensor, raw: Tensor) -> None:
+            keep(values)
+            gradients.watch(f"{site.label} of layer {layer}", raw, lambda g: keep_gradient(view.of(g) if view else g))
+
+        return record
+
+    def _keeping(self, site: Site, layer: int) -> Callable[[Tensor], None]:
         heads = None if site.heads is None else list(site.heads)
 
         def record(values: Tensor) -> None:
@@ -77,13 +112,16 @@ class Recorder:
 
         return record
 
-    def logits(self, site: Site) -> Callable[[Tensor], None]:
+    def logits(self, site: Site) -> Callable[[Tensor, Tensor], None]:
         """A function that records the model's logits [row, position, d_vocab], which may be those of the last positions
         alone.
 
         Raises:
             UnsupportedError: logits of a position for which the model computed none.
         """
+        return self._watching(site, 0, self._logits(site), None)
+
+    def _logits(self, site: Site) -> Callable[[Tensor], None]:
 
         def record(values: Tensor) -> None:
             selection = self.calls.select(site.positions)
@@ -152,7 +190,8 @@ class Recorder:
 
     def _packed_rows(self, site: Site, layer: int) -> Rows:
         """For a tower that runs over all tiles as one sequence, whose attention may come in several calls (one per image,
-        one per window): weights between positions that no call puts together are 0."""
+        one per window): weights between positions that no call puts together are 0.
+        """
         done = 0
 
         def record(weights: Weights, query: Tensor) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from slitlamp.errors import InputError, UnsupportedError
@@ -15,6 +16,7 @@ from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
 from slitlamp.tracing.attention_tap import Rows, observed, tapped
 from slitlamp.tracing.call import Calls
+from slitlamp.tracing.gradients import followed_embeddings, followed_inputs
 from slitlamp.tracing.places import Tiles, View, hook
 from slitlamp.tracing.recorder import Recorder
 from slitlamp.tracing.site_checks import n_layers_of
@@ -113,6 +115,10 @@ def session(
     for trace in traces:
         if trace.batch is not None:
             raise InputError("a trace holds one run; open a new one for the next")
+        if trace.gradient_of is not None and decoding:
+            raise InputError(
+                "gradients need one forward pass: vlm.forward(batch) or vlm.forward(generation.teacher_forced())"
+            )
     for edit in edits:
         if edit.site not in STATE_SITES or edit.site == "logits":
             editable = ", ".join(name for name in STATE_SITES if name in anatomy.places and name != "logits")
@@ -129,21 +135,24 @@ def session(
     run = _Run(model, anatomy, batch)
     recorders = [Recorder(trace, anatomy, calls, run.tiles) for trace in traces]
     observers: dict[nn.Module, list[Rows]] = {}
+    wanted = [recorder for recorder in recorders if recorder.gradients is not None]
     with ExitStack() as stack:
 
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             calls.begin(args[0] if args else kwargs.get("input_ids"))
             for recorder in recorders:
                 recorder.begin()
+            return (args, followed_inputs(model, kwargs)) if wanted else None
+
+        if wanted:
+            stack.enter_context(torch.enable_grad())
+            stack.callback(model.get_input_embeddings().register_forward_hook(followed_embeddings).remove)
 
         stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True).remove)
         for edit in reversed(edits):  # each goes before those registered already
             view = run.view(edit.site, edit.layer)
             if not view.can_be_changed:
-                raise UnsupportedError(
-                    f"{edit.site!r} of layer {edit.layer} cannot be edited: in this {anatomy.family.name} it is "
-                    + ("part of a fused projection" if view.gate is None else "multiplied by a gate of the block")
-                )
+                raise UnsupportedError(_why_not(edit, view))
 
             def change(values: Tensor, raw: Tensor, edit: Edit = edit) -> Tensor:
                 changed = edit.function(values, calls)
@@ -167,20 +176,34 @@ def session(
                     elif site.name == "logits":
                         stack.callback(_hook_logits(module, recorder.logits(site)).remove)
                     else:
-                        record = _ignoring_raw(recorder.state(site, layer))
-                        stack.callback(hook(module, run.view(site.name, layer), record, first=False).remove)
+                        view = run.view(site.name, layer)
+                        stack.callback(hook(module, view, recorder.state(site, layer, view), first=False).remove)
         if observers:
             stack.enter_context(tapped(model))
             stack.enter_context(observed(observers))
+        if wanted:
+
+            def differentiate(module: nn.Module, args: Any, output: Any) -> None:
+                for recorder in wanted:
+                    recorder.differentiate(output, keep_graph=recorder is not wanted[-1])
+
+            stack.callback(model.register_forward_hook(differentiate).remove)
         yield calls
 
 
-def _ignoring_raw(record: Callable[[Tensor], None]) -> Callable[[Tensor, Tensor], None]:
-    return lambda values, raw: record(values)
+def _why_not(edit: Edit, view: View) -> str:
+    """Why a site that is recorded cannot be edited."""
+    if view.place.read_only:
+        reason = "the block has taken the residual stream aside before it; edit attn_out or resid_pre"
+    elif view.gate is not None:
+        reason = "the block multiplies it by a gate; edit z or resid_post"
+    else:
+        reason = "it is part of a fused projection; edit z"
+    return f"{edit.site!r} of layer {edit.layer} cannot be edited: {reason}"
 
 
-def _hook_logits(model: nn.Module, record: Callable[[Tensor], None]) -> Any:
+def _hook_logits(model: nn.Module, record: Callable[[Tensor, Tensor], None]) -> Any:
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        record(output.logits)
+        record(output.logits, output.logits)
 
     return model.register_forward_hook(after)

@@ -40,6 +40,8 @@ _CANONICAL = {
     "mlp_pre": "blocks.{layer}.mlp.hook_pre",
     "mlp_post": "blocks.{layer}.mlp.hook_post",
     "attention": "blocks.{layer}.attn.hook_pattern",
+    "ln1": "blocks.{layer}.ln1.hook_out",
+    "ln2": "blocks.{layer}.ln2.hook_out",
 }
 
 _WIDTHS = {
@@ -280,7 +282,8 @@ def cross_attention(
     label: str = "",
 ) -> Site:
     """Attention weights of text over the tokens of the images, in layers that read them by cross-attention (Mllama):
-    [batch, head, query, image token], the image tokens in the order of `Batch.patches`."""
+    [batch, head, query, image token], the image tokens in the order of `Batch.patches`.
+    """
     reductions = {"reduce_queries": reduce_queries, "reduce_keys": reduce_keys, "reduce_heads": reduce_heads}
     return _attention("cross_attention", layers, heads, label, queries=queries, keys="image", **reductions)
 

@@ -5,13 +5,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from slitlamp.errors import InputError, unknown
+from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
+from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.sites import _CANONICAL, Site
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformer_lens import ActivationCache
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What a trace was recorded from: the model, its anatomy, its tokenizer."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    tokenizer: Any
 
 
 @dataclass
@@ -107,15 +125,19 @@ class SiteRecord(Mapping[int, Tensor]):
 class Trace:
     """Recordings of one run. `trace["resid_post"][2]` is a tensor; `trace.steps[t]` holds those of one forward call.
 
-    TransformerLens's names are taken too: `trace["blocks.2.hook_resid_post"]`.
+    TransformerLens's names are taken too: `trace["blocks.2.hook_resid_post"]`. `trace.gradients` holds, for a trace
+    opened with `gradient_of`, the gradients with respect to what was recorded, chosen and reduced in the same way.
     """
 
-    def __init__(self, sites: list[Site]) -> None:
+    def __init__(self, sites: list[Site], gradient_of: Scalar | None = None) -> None:
         self.sites = {site.label: site for site in sites}
         self.steps: list[Step] = []
         self.batch: Batch | None = None
         self.decoding = False
         self.views: dict[str, Trace] = {}
+        self.source: Source | None = None
+        self.gradient_of = gradient_of
+        self.gradients: Trace | None = None if gradient_of is None else Trace(sites)
 
     def record(self, label: str) -> SiteRecord:
         """The recordings of one site.
@@ -140,6 +162,17 @@ class Trace:
     def mask(self, label: str) -> Tensor:
         """bool [row, position], true where a recording is real; shorter rows are padded on the right."""
         return self.record(label).mask
+
+    def to_activation_cache(self, labels: Iterable[str] | None = None) -> ActivationCache:
+        """The recordings of one forward pass as a `transformer_lens.ActivationCache`; see
+        `slitlamp.tracing.activation_cache.activation_cache`.
+
+        Args:
+            labels: which recordings; by default all that TransformerLens has a name for.
+        """
+        from slitlamp.tracing.activation_cache import activation_cache
+
+        return activation_cache(self, labels)
 
     def nbytes(self) -> int:
         """Bytes of all recordings."""

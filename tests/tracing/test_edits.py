@@ -5,26 +5,14 @@ output projection. Tolerance 1e-5 of the largest logit: float32 sums in another 
 """
 
 import copy
-from dataclasses import dataclass, field
-from typing import ClassVar
 
 import pytest
 import torch
+from edits import Edits
 
-from slitlamp.decoding import Intervention
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.tracing import Edit, sites
 from slitlamp.vlm import VLM
-
-
-@dataclass
-class Edits(Intervention):
-    given: list = field(default_factory=list)
-    name: ClassVar[str] = "edits"
-    kind: ClassVar = "blocks"
-
-    def edits(self, run):
-        return self.given
 
 
 def vector(width):
@@ -195,4 +183,12 @@ def test_edits_that_change_shape_or_dtype_are_refused(llava, image):
     with llava.apply(Edits([Edit("resid_post", 0, cut)])), pytest.raises(InputError, match=match):
         llava.forward(batch)
     with llava.apply(Edits([Edit("z", 0, double)])), pytest.raises(InputError, match=r"it gave torch\.float64"):
+        llava.forward(batch)
+
+
+def test_the_middle_of_a_block_cannot_be_edited(llava, image):
+    """The norm before the MLP reads the residual stream, but the block adds the MLP's output to what it held before."""
+    batch = llava.encode([image(0)], ["<image> what ?"])
+    edit = Edit("resid_mid", 1, lambda values, calls: values)
+    with llava.apply(Edits([edit])), pytest.raises(UnsupportedError, match=r"'resid_mid'.*edit attn_out or resid_pre"):
         llava.forward(batch)

@@ -1,30 +1,15 @@
 """After a trace, an edit or a failure, the model and its processor are what they were before."""
 
 import copy
-from dataclasses import dataclass, field
-from typing import ClassVar
 
 import pytest
 import torch
+from edits import Edits
 
-from slitlamp.decoding import Intervention
 from slitlamp.errors import InputError
 from slitlamp.tracing import Edit, sites
 from slitlamp.tracing.attention_tap import _observers
 from slitlamp.vlm import VLM
-
-
-@dataclass
-class Edits(Intervention):
-    """Given edits as they are."""
-
-    given: list = field(default_factory=list)
-    name: ClassVar[str] = "edits"
-    kind: ClassVar = "blocks"
-
-    def edits(self, run):
-        return self.given
-
 
 ALL = (
     sites.resid_pre,
