@@ -200,5 +200,5 @@ def test_pan_and_scan_is_refused(image):
         "do_pan_and_scan": True,
         "pan_and_scan_min_crop_size": 4,
     }
-    with pytest.raises(UnsupportedError, match="3 pictures for 1 images.*pan and scan"):
+    with pytest.raises(UnsupportedError, match=r"4 pictures for 1 images.*pan and scan"):
         vlm.encode([image(0, 40, 16)], ["<start_of_image> what ?"])

@@ -107,7 +107,7 @@ def test_tokens_in_another_order_are_refused(vlm, image):
     ids = vlm.encode([image(0)], ["<image> what ?"]).input_ids
     first = int((ids[0] == IMAGE).nonzero()[0])
     short = torch.cat([ids[:, :first], ids[:, first + 1 :]], dim=1)  # a tile of three tokens
-    with pytest.raises(UnsupportedError, match="4 of them.*found 3"):
+    with pytest.raises(UnsupportedError, match=r"4 of them.*found 3"):
         idefics3_patches(vlm.model.config, {"input_ids": short}, 1, False)
     unlike = ids.clone()
     unlike[0, first - 2] += 1  # a tile opened by another token
