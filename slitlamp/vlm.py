@@ -246,7 +246,7 @@ class VLM:
     def _extra_pass(self, batch: Batch, sites: Sequence[Site], edits: Sequence[Edit]) -> Trace:
         trace = Trace(check_sites(sites, self.anatomy))
         with self._putting_back(), session(self.model, self.anatomy, batch, traces=[trace], edits=edits):
-            self._call(batch, logits_to_keep=1)
+            self._call(batch, logits_to_keep=_logits_needed(sites))
         return trace
 
     def _call(self, batch: Batch, **options: Any) -> Any:
@@ -372,7 +372,7 @@ class VLM:
         """
         sites = probe.sites(self.anatomy)
         with self.trace(*sites) as trace:
-            self.forward(batch, logits_to_keep=1)
+            self.forward(batch, logits_to_keep=_logits_needed(sites))
         for name, view in probe.views(self.anatomy).items():
             other, edits = view(batch)
             with self._lock, torch.no_grad():
@@ -381,3 +381,9 @@ class VLM:
 
     def _open_traces(self) -> list[Trace]:
         return list(self._traces)
+
+
+def _logits_needed(sites: Sequence[Site]) -> int:
+    """How many last positions need logits for these sites: all (0) if any asks for other logits than the last."""
+    wanted = [site for site in sites if site.name == "logits"]
+    return 1 if all(isinstance(one.positions, str) and one.positions == "last" for one in wanted) else 0
