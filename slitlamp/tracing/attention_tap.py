@@ -1,155 +1,337 @@
-"""The attention tap: ordinary SDPA for the output, attention weights only for the rows that somebody asked for.
+"""The attention tap: the model's own attention for the output, weights only for the rows that somebody asked for.
 
-It is registered with transformers' public attention interface under the name `slitlamp_sdpa`, together with SDPA's mask
-function (without that, padded batches would get no mask). Weights of the chosen query rows are computed from the same
-queries and keys; the matrix of all rows by all columns is never built.
+For every attention implementation that can be tapped there is one of the same kind under a name of ours (`slitlamp_sdpa`,
+`slitlamp_eager`, `slitlamp_flash_attention_2`), registered with transformers' public attention interface together with
+the mask function of the original (without that, padded batches would get another mask, or none). While attention is
+recorded, the configurations of the recorded modules carry our names; the output is computed by the original:
+
+- sdpa, flash attention: the original function runs as ever; rows are recomputed from the same queries, keys and mask.
+- eager: the model's own eager function runs in blocks of query rows; rows are what that function returns.
+
+The matrix of all rows by all columns is never built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slitlamp.errors import UnsupportedError
+from slitlamp.tracing.attention_rows import AttentionCall, Observer, QueryRows, attention_rows, block_rows, take_rows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+PREFIX = "slitlamp_"
+_BY_ROW = {"dropout", "scaling", "softcap", "sinks", "position_bias"}
+"""Parameters of an eager attention function under which its rows do not depend on each other."""
 
-NAME = "slitlamp_sdpa"
-
-Rows = Callable[[Callable[[Tensor | None], Tensor], Tensor], None]
-"""Gets a function from query rows [row, chosen] (None: all) to weights [row, head, chosen, key], and the queries."""
-
-_observers: WeakKeyDictionary[nn.Module, list[Rows]] = WeakKeyDictionary()
+Output = tuple[Tensor, Tensor | None]
 
 
-def attention_rows(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float | None,
-    is_causal: bool,
-    rows: Tensor | None,
-) -> Tensor:
-    """Attention weights of some query rows: softmax(q k^T * scaling + mask) in float32.
+@dataclass
+class _Watch:
+    """Who watches a module, and how many calls of the attention function its present forward has made."""
 
-    Args:
-        query: [batch, head, query, d_head].
-        key: [batch, kv head, key, d_head]; each is shared by head / kv head query heads.
-        mask: None, or bool (true: may attend) or additive, broadcastable to [batch, head, query, key].
-        scaling: factor of the scores; None for 1 / sqrt(d_head).
-        is_causal: whether query i sees keys 0 to i; only without a mask.
-        rows: int64 [batch, chosen], query positions; None for all.
+    observers: list[Observer]
+    calls: int = 0
 
-    Returns:
-        [batch, head, chosen, key], in the dtype of the query.
-    """
-    batch, n_heads, n_queries, width = query.shape
-    n_kv_heads, n_keys = key.shape[1], key.shape[2]
-    if rows is None:
-        rows = torch.arange(n_queries, device=query.device)[None, :].expand(batch, -1)
-    chosen = torch.take_along_dim(query, rows[:, None, :, None].expand(-1, n_heads, -1, width), dim=2)
-    grouped = chosen.reshape(batch, n_kv_heads, n_heads // n_kv_heads * rows.shape[1], width)
-    scores = (grouped @ key.transpose(2, 3)).reshape(batch, n_heads, rows.shape[1], n_keys).float()
-    scores = scores * (scaling if scaling is not None else width**-0.5)
-    if mask is not None:
-        wide = mask.expand(batch, mask.shape[1], n_queries, mask.shape[-1])[..., :n_keys]
-        mask_rows = torch.take_along_dim(wide, rows[:, None, :, None].expand(-1, mask.shape[1], -1, n_keys), dim=2)
-        scores = scores.masked_fill(~mask_rows, -torch.inf) if mask_rows.dtype == torch.bool else scores + mask_rows
-    elif is_causal:
-        later = torch.arange(n_keys, device=query.device)[None, None, None, :] > rows[:, None, :, None]
-        scores = scores.masked_fill(later, -torch.inf)
-    return scores.softmax(dim=-1).to(query.dtype)
+    def see(self, module: nn.Module, query: Tensor, n_keys: int, weights: Callable[..., Tensor]) -> None:
+        call = AttentionCall(module, self.calls, query, n_keys, weights)
+        self.calls += 1
+        with torch.no_grad():
+            for observer in self.observers:
+                observer.see(call)
 
 
-def _tapped(
+_observers: WeakKeyDictionary[nn.Module, _Watch] = WeakKeyDictionary()
+
+
+def _refuse(module: nn.Module, options: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    for name, what in names.items():
+        if options.get(name) is not None:
+            raise UnsupportedError(
+                f"{type(module).__name__} runs attention with {what} ({name}), which cannot be recorded under this "
+                "attention implementation; load the model with attn_implementation='eager'"
+            )
+
+
+_SINKS = {"s_aux": "attention sinks", "cache": "a paged cache"}
+
+
+def _tapped_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> Output:
+    output: Output = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
+    watch = _observers.get(module)
+    if watch is not None:
+        _refuse(module, options, {**_SINKS, "position_bias": "a position bias"})
+        causal = options.get("is_causal")
+        causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
+        is_causal = causal and attention_mask is None and query.shape[2] > 1
+
+        def weights(rows: QueryRows, heads: Sequence[int] | None) -> Tensor:
+            return attention_rows(
+                query,
+                key,
+                attention_mask,
+                rows=rows,
+                heads=heads,
+                scaling=options.get("scaling"),
+                is_causal=is_causal,
+            )
+
+        watch.see(module, query, key.shape[2], weights)
+    return output
+
+
+class _Renamed:
+    """An object with some attributes changed: the module as flash attention must see it, under its own name."""
+
+    def __init__(self, wrapped: object, **changed: object) -> None:
+        self.__dict__.update(changed)
+        self._wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+
+def _tapped_flash(
+    name: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    observers = _observers.get(module)
-    if observers:
-        causal = kwargs.get("is_causal")
-        causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
-        is_causal = causal and attention_mask is None and query.shape[2] > 1
-
-        def weights(rows: Tensor | None) -> Tensor:
-            return attention_rows(
-                query, key, attention_mask, scaling=kwargs.get("scaling"), is_causal=is_causal, rows=rows
-            )
-
-        for observe in observers:
-            observe(weights, query)
-    result: tuple[Tensor, None] = output
-    return result
-
-
-AttentionInterface.register(NAME, _tapped)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configurations that choose an attention implementation, the model's first, each once."""
-    from transformers import PreTrainedModel
-
-    found: dict[int, PreTrainedConfig] = {}
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            found.setdefault(id(module.config), module.config)
-    for config in list(found.values()):
-        for name in config.sub_configs:
-            sub = getattr(config, name, None)
-            if sub is not None:
-                found.setdefault(id(sub), sub)
-    return list(found.values())
+    **options: Any,
+) -> Output:
+    # the kernel is looked up by the name in the module's configuration
+    renamed = _Renamed(module, config=_Renamed(module.config, _attn_implementation=name))
+    output: Output = ALL_ATTENTION_FUNCTIONS[name](renamed, query, key, value, attention_mask, **options)
+    watch = _observers.get(module)
+    if watch is not None:
+        _refuse(module, options, {**_SINKS, "block_table": "a paged cache"})
+        causal = options.get("is_causal")
+        causal = bool(module.is_causal) if causal is None else bool(causal)
+        window = options.get("sliding_window")
+        choices = {
+            "scaling": options.get("scaling"),
+            "softcap": options.get("softcap"),
+            "is_causal": causal and query.shape[2] > 1,
+            "window": window if window is not None and key.shape[2] > window else None,
+        }
+        lengths = options.get("cu_seq_lens_q")
+        if attention_mask is None and lengths is not None:  # several sequences in one row: each attends to itself
+            for start, end in _sequences(module, lengths, options.get("cu_seq_lens_k")):
+                one, its_keys = query[:, :, start:end], key[:, :, start:end]
+                watch.see(module, one, end - start, partial(_weights, one, its_keys, choices))
+        else:
+            _refuse_packed(module, query, options.get("position_ids"), attention_mask)
+            padding = None if attention_mask is None else attention_mask.bool()
+            if padding is not None:
+                key = key[:, :, : padding.shape[1]]
+            choices |= {"padding": padding, "offset": key.shape[2] - query.shape[2]}
+            watch.see(module, query, key.shape[2], partial(_weights, query, key, choices))
+    return output
 
 
-@contextmanager
-def tapped(model: PreTrainedModel) -> Iterator[None]:
-    """Run a model's attention through the tap; on exit its implementations are what they were.
+def _weights(
+    query: Tensor, key: Tensor, choices: Mapping[str, Any], rows: QueryRows, heads: Sequence[int] | None
+) -> Tensor:
+    return attention_rows(query, key, rows=rows, heads=heads, **choices)
+
+
+def _sequences(module: nn.Module, queries: Tensor, keys: Tensor | None) -> list[tuple[int, int]]:
+    ends = queries.tolist()
+    if keys is None or keys.tolist() != ends:
+        raise UnsupportedError(
+            f"{type(module).__name__} packs queries and keys of different lengths into one row, which cannot be recorded; "
+            "load the model with attn_implementation='sdpa'"
+        )
+    return list(pairwise(ends))
+
+
+def _refuse_packed(module: nn.Module, query: Tensor, places: Tensor | None, mask: Tensor | None) -> None:
+    """Flash attention takes position ids that start anew for a second sequence packed into the same row."""
+    if places is None or mask is not None or query.shape[0] != 1 or places.shape[-1] == 1:
+        return
+    rising = torch.arange(places.shape[-1], device=places.device) + places.min()
+    if bool((places != rising).any()):
+        raise UnsupportedError(
+            f"{type(module).__name__} was given position ids that pack several sequences into one row for flash attention, "
+            "which cannot be recorded; load the model with attn_implementation='sdpa'"
+        )
+
+
+@cache
+def _own_eager(module_type: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The eager attention function that a class of modules hands to the attention interface as its default.
 
     Raises:
-        UnsupportedError: the model does not take its attention from transformers' attention interface.
+        UnsupportedError: none is found, or its rows depend on each other.
     """
-    before = [(config, config._attn_implementation) for config in _configs(model)]
-    odd = sorted({str(name) for _, name in before} - {"eager", "sdpa", NAME, "None"})
-    if odd:
+    for one in module_type.__mro__:
+        forward: Any = inspect.unwrap(one.__dict__["forward"]) if "forward" in one.__dict__ else None
+        code = getattr(forward, "__code__", None)
+        names = [name for name in code.co_names if name.endswith("eager_attention_forward")] if code else []
+        if len(names) == 1 and names[0] in forward.__globals__:
+            function: Callable[..., tuple[Tensor, Tensor]] = inspect.unwrap(forward.__globals__[names[0]])
+            parameters = list(inspect.signature(function).parameters.values())[5:]
+            odd = {one.name for one in parameters if one.kind is not one.VAR_KEYWORD} - _BY_ROW
+            if odd:
+                raise UnsupportedError(
+                    f"the eager attention of {module_type.__name__} takes {', '.join(sorted(odd))}, which cannot be "
+                    "recorded row by row; load the model with attn_implementation='sdpa'"
+                )
+            return function
+    raise UnsupportedError(
+        f"{module_type.__name__} does not say which eager attention it uses; load the model with "
+        "attn_implementation='sdpa'"
+    )
+
+
+def _tapped_eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> Output:
+    eager: Callable[..., tuple[Tensor, Tensor]] = _own_eager(cast("Any", type(module)))
+    watch = _observers.get(module)
+    n_queries = query.shape[2]
+
+    def run(rows: QueryRows, value: Tensor) -> tuple[Tensor, Tensor]:
+        bias = options.get("position_bias")
+        changed = options if bias is None else {**options, "position_bias": take_rows(bias, rows)}
+        mask = attention_mask if attention_mask is None else take_rows(attention_mask, rows)
+        return eager(module, take_rows(query, rows), key, value, mask, **changed)
+
+    if watch is None:
+        return eager(module, query, key, value, attention_mask, **options)
+    block = block_rows(query.shape[0], query.shape[1], key.shape[2])
+    if block >= n_queries:
+        output, _ = eager(module, query, key, value, attention_mask, **options)
+    else:
+        starts = range(0, n_queries, block)
+        output = torch.cat([run(slice(start, start + block), value)[0] for start in starts], dim=1)
+
+    def weights(rows: QueryRows, heads: Sequence[int] | None) -> Tensor:
+        taken = run(rows, value[..., :0])[1].detach()
+        return taken if heads is None else taken[:, list(heads)]
+
+    watch.see(module, query, key.shape[2], weights)
+    return output, None
+
+
+def _tap_of(name: str) -> str:
+    """The name of the tap of an attention implementation, registered if it is not yet.
+
+    Raises:
+        UnsupportedError: an implementation that cannot be tapped.
+    """
+    tap = PREFIX + name
+    if tap in ALL_ATTENTION_FUNCTIONS:
+        return tap
+    if name == "sdpa":
+        function: Callable[..., Output] = _tapped_sdpa
+    elif name == "eager":
+        function = _tapped_eager
+    elif name in ALL_ATTENTION_FUNCTIONS and ALL_ATTENTION_FUNCTIONS[name] is flash_attention_forward:
+        function = partial(_tapped_flash, name)
+    else:
         raise UnsupportedError(
-            f"this model runs attention by {', '.join(odd)}, which cannot be recorded yet; load it with "
-            "attn_implementation='sdpa'"
+            f"this model runs attention by {name}, which cannot be recorded; load it with attn_implementation='sdpa' "
+            "(or 'eager', or 'flash_attention_2')"
         )
-    try:
-        model.set_attn_implementation(NAME)
-        yield
-    finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
+    AttentionMaskInterface.register(tap, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    AttentionInterface.register(tap, function)
+    return tap
+
+
+@dataclass
+class _Held:
+    """A configuration under one of our names, how often, and the name to give back."""
+
+    config: Any
+    name: str
+    times: int = 0
+
+
+_held: dict[int, _Held] = {}
+_lock = threading.Lock()
+
+
+def _hold(config: Any) -> None:
+    with _lock:
+        held = _held.get(id(config))
+        if held is None:
+            held = _Held(config, str(config._attn_implementation))
+            tap = _tap_of(held.name)
+            config._attn_implementation_internal = tap
+            _held[id(config)] = held
+        held.times += 1
+
+
+def _let_go(config: Any) -> None:
+    with _lock:
+        held = _held[id(config)]
+        held.times -= 1
+        if held.times == 0:
+            config._attn_implementation_internal = held.name
+            del _held[id(config)]
 
 
 @contextmanager
-def observed(observers: dict[nn.Module, list[Rows]]) -> Iterator[None]:
-    """Let observers see the attention of some modules; on exit none is left."""
+def observed(observers: Mapping[nn.Module, Sequence[Observer]]) -> Iterator[None]:
+    """Let observers see the attention of some modules; on exit the modules and their configurations are what they were.
+
+    Raises:
+        UnsupportedError: attention that cannot be tapped: an implementation without a tap, or a module that does not take
+            its attention from transformers' attention interface (found when it runs).
+    """
+    held: list[Any] = []
+    hooks = []
+
+    def over(module: nn.Module, args: Any, output: Any) -> None:
+        watch = _observers[module]
+        if watch.calls == 0:
+            raise UnsupportedError(
+                f"{type(module).__name__} did not call transformers' attention interface, so its attention cannot be "
+                "recorded"
+            )
+        watch.calls = 0
+        for observer in watch.observers:
+            observer.end()
+
+    before = {module: _observers.get(module) for module in observers}
     try:
+        for module in observers:
+            config = getattr(module, "config", None)
+            if not hasattr(config, "_attn_implementation"):
+                raise UnsupportedError(f"{type(module).__name__} has no configuration that chooses its attention")
+            _hold(config)
+            held.append(config)
         for module, functions in observers.items():
-            _observers.setdefault(module, []).extend(functions)
+            earlier = before[module]
+            _observers[module] = _Watch([*(earlier.observers if earlier else ()), *functions])
+            if earlier is None:  # else the outer one's hook does
+                hooks.append(module.register_forward_hook(over))
         yield
     finally:
-        for module, functions in observers.items():
-            left = [one for one in _observers.get(module, []) if one not in functions]
-            if left:
-                _observers[module] = left
-            else:
+        for hook in hooks:
+            hook.remove()
+        for module, earlier in before.items():
+            if earlier is None:
                 _observers.pop(module, None)
+            else:
+                _observers[module] = earlier
+        for config in held:
+            _let_go(config)

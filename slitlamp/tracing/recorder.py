@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from slitlamp.errors import UnsupportedError
 from slitlamp.models.anatomy import Anatomy
-from slitlamp.tracing.attention_tap import Rows
+from slitlamp.tracing.attention_recorder import AttentionRecorder, Chosen
+from slitlamp.tracing.attention_rows import AttentionCall
 from slitlamp.tracing.call import Calls, Selection, vision_selection
 from slitlamp.tracing.gradients import Gradients
 from slitlamp.tracing.places import Tiles, View
 from slitlamp.tracing.reductions import reduce_axis, take
 from slitlamp.tracing.sites import Positions, Site
 from slitlamp.tracing.trace import Step, Trace
-
-Weights = Callable[[Tensor | None], Tensor]
 
 
 class Recorder:
@@ -149,80 +149,32 @@ class Recorder:
 
     # -- attention --------------------------------------------------------------------------------------------------
 
-    def rows(self, site: Site, layer: int) -> Rows:
-        """A function that records attention weights."""
-        if site.is_vision and self.anatomy.tower.unpack is not None:
-            return self._packed_rows(site, layer)
+    def attention(self, site: Site, layer: int) -> AttentionRecorder:
+        """An observer that records attention weights."""
+        packed = site.is_vision and self.anatomy.tower.unpack is not None
 
-        def record(weights: Weights, query: Tensor) -> None:
-            queries = self._chosen(site, site.queries, query, axis=2)
-            keys = self._keys(site, query)
-            if queries is None or keys is None:
-                return
-            taken = weights(None if queries.everything else queries.index.to(query.device))
-            if site.heads is not None:
-                taken = taken[:, list(site.heads)]
-            self._store_rows(site, layer, take(taken, keys, axis=3), queries, keys)
+        def store(values: Tensor, valid: Tensor, key_valid: Tensor) -> None:
+            self._store(site, layer, values, valid)
+            self.trace.steps[-1].key_masks.setdefault(site.label, key_valid)
 
-        return record
+        return AttentionRecorder(
+            site,
+            partial(self._chosen_attention, site),
+            store,
+            tiles=partial(self.tiles, False) if packed else None,
+            has_cls=self.anatomy.has_cls,
+        )
 
-    def _keys(self, site: Site, query: Tensor) -> Selection | None:
+    def _chosen_attention(self, site: Site, call: AttentionCall) -> Chosen | None:
+        queries = self._chosen(site, site.queries, call.query, axis=2)
+        first = 0
         if site.is_vision:
-            return self._chosen(site, site.keys, query, axis=2)
-        if site.name != "cross_attention":
-            return self.calls.select_keys(site.keys)
-        mask = self.calls.batch.cross_mask
-        return Selection.of(mask) if mask is not None and bool(mask.any()) else None
-
-    def _store_rows(self, site: Site, layer: int, taken: Tensor, queries: Selection, keys: Selection) -> None:
-        """Store weights [row, head, query, key] of chosen queries and keys, reduced as asked."""
-        if not queries.full:
-            taken = taken.masked_fill(~queries.valid.to(taken.device)[:, None, :, None], 0)
-        if site.reduce_keys is not None:
-            taken = reduce_axis(taken, None if keys.full else keys.valid, 3, site.reduce_keys)
-        if site.reduce_queries is not None:
-            taken = reduce_axis(taken, None if queries.full else queries.valid, 2, site.reduce_queries)
-        if site.reduce_heads is not None:
-            taken = reduce_axis(taken, None, 1, site.reduce_heads)
-        valid = queries.valid if site.reduce_queries is None else queries.valid.any(dim=1, keepdim=True)
-        self._store(site, layer, taken, valid)
-        self.trace.steps[-1].key_masks.setdefault(site.label, keys.valid)
-
-    def _packed_rows(self, site: Site, layer: int) -> Rows:
-        """For a tower that runs over all tiles as one sequence, whose attention may come in several calls (one per image,
-        one per window): weights between positions that no call puts together are 0.
-        """
-        done = 0
-
-        def record(weights: Weights, query: Tensor) -> None:
-            nonlocal done
-            tiles = self.tiles(False)
-            if tiles is None:
-                return
-            n_tiles, width = tiles.index.shape
-            queries = vision_selection(n_tiles, width, site.queries, self.anatomy.has_cls, query.device, tiles.valid)
-            keys = vision_selection(n_tiles, width, site.keys, self.anatomy.has_cls, query.device, tiles.valid)
-            step = self.trace.steps[-1].values.setdefault(site.label, {})
-            if layer not in step:
-                heads = query.shape[1] if site.heads is None else len(site.heads)
-                step[layer] = query.new_zeros(n_tiles, heads, width, width)
-            whole = step[layer]
-            n_rows, length = query.shape[0], query.shape[2]
-            index = tiles.index.to(query.device)
-            inside = tiles.valid.to(query.device) & (index >= done) & (index < done + n_rows * length)
-            for tile in inside.any(dim=1).nonzero()[:, 0].tolist():
-                places = inside[tile].nonzero()[:, 0]
-                at = index[tile, places] - done
-                row, column = int(at[0]) // length, at % length
-                block = weights(column[None, :].expand(n_rows, -1))[row]
-                if site.heads is not None:
-                    block = block[list(site.heads)]
-                whole[tile, :, places[:, None], places[None, :]] = block[:, :, column]
-            done += n_rows * length
-            if done > int(tiles.index.max()):  # the last call of this layer
-                done = 0
-                del step[layer]
-                taken = take(take(whole, queries, axis=2), keys, axis=3)
-                self._store_rows(site, layer, taken, queries, keys)
-
-        return record
+            keys = self._chosen(site, site.keys, call.query, axis=2)
+        elif site.name == "cross_attention":
+            mask = self.calls.batch.cross_mask
+            keys = Selection.of(mask) if mask is not None and bool(mask.any()) else None
+        else:
+            keys = self.calls.select_keys(site.keys)
+            # a sliding window's cache holds the last keys alone
+            first = max(0, self.calls.batch.length + max(self.calls.number, 0) - call.n_keys)
+        return None if queries is None or keys is None else Chosen(queries, keys, first)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
-from slitlamp.tracing.attention_tap import Rows, observed, tapped
+from slitlamp.tracing.attention_rows import Observer
+from slitlamp.tracing.attention_tap import observed
 from slitlamp.tracing.call import Calls
 from slitlamp.tracing.gradients import followed_embeddings, followed_inputs
 from slitlamp.tracing.places import Tiles, View, hook
@@ -134,7 +135,7 @@ def session(
             calls.check(site)
     run = _Run(model, anatomy, batch)
     recorders = [Recorder(trace, anatomy, calls, run.tiles) for trace in traces]
-    observers: dict[nn.Module, list[Rows]] = {}
+    observers: dict[nn.Module, list[Observer]] = {}
     wanted = [recorder for recorder in recorders if recorder.gradients is not None]
     with ExitStack() as stack:
 
@@ -172,14 +173,13 @@ def session(
                 for layer in site.layers or ():
                     module = run.module(site.name, layer)
                     if site.is_attention:
-                        observers.setdefault(module, []).append(recorder.rows(site, layer))
+                        observers.setdefault(module, []).append(recorder.attention(site, layer))
                     elif site.name == "logits":
                         stack.callback(_hook_logits(module, recorder.logits(site)).remove)
                     else:
                         view = run.view(site.name, layer)
                         stack.callback(hook(module, view, recorder.state(site, layer, view), first=False).remove)
         if observers:
-            stack.enter_context(tapped(model))
             stack.enter_context(observed(observers))
         if wanted:
 

@@ -1,33 +1,55 @@
-"""Attention rows by hand, and the promise that the matrix of all rows by all columns is never built."""
+"""The attention tap: rows by hand, rows equal to what the model's own eager attention returns, and outputs unchanged."""
 
+import copy
 import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tiny_models import BUILDERS
 
 from slitlamp.errors import UnsupportedError
-from slitlamp.tracing import sites
-from slitlamp.tracing.attention_tap import attention_rows, tapped
+from slitlamp.tracing import attention_rows as rows_module
+from slitlamp.tracing.attention_rows import attention_rows
+from slitlamp.tracing.attention_tap import _own_eager, observed
+from slitlamp.vlm import VLM
+
+ALL = slice(None)
 
 
-def rows_by_hand(mask=None, is_causal=False, rows=None):
+def rows_by_hand(mask=None, **options):
     """Two queries and keys of width 1 with scores [0, ln 3] and [0, -ln 2]: weights 1:3 and 2:1 without a mask."""
     query = torch.tensor([math.log(3), -math.log(2)]).view(1, 1, 2, 1)
     key = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1)
-    return attention_rows(query, key, mask, scaling=1.0, is_causal=is_causal, rows=rows)[0, 0]
+    return attention_rows(query, key, mask, scaling=1.0, **options)[0, 0]
 
 
 def test_two_by_two():
     wanted = torch.tensor([[1 / 4, 3 / 4], [2 / 3, 1 / 3]])
     torch.testing.assert_close(rows_by_hand(), wanted)
     torch.testing.assert_close(rows_by_hand(rows=torch.tensor([[1, 0, 1]])), wanted[[1, 0, 1]])
+    torch.testing.assert_close(rows_by_hand(rows=slice(1, 2)), wanted[1:])
 
 
 def test_causal():
     torch.testing.assert_close(rows_by_hand(is_causal=True), torch.tensor([[1.0, 0.0], [2 / 3, 1 / 3]]))
     torch.testing.assert_close(rows_by_hand(is_causal=True, rows=torch.tensor([[0]])), torch.tensor([[1.0, 0.0]]))
+    torch.testing.assert_close(rows_by_hand(is_causal=True, offset=1)[0], torch.tensor([1 / 4, 3 / 4]))
+
+
+def test_window():
+    torch.testing.assert_close(rows_by_hand(window=1), torch.eye(2))
+    torch.testing.assert_close(rows_by_hand(is_causal=True, window=1, rows=slice(1, 2)), torch.tensor([[0.0, 1.0]]))
+
+
+def test_padding():
+    torch.testing.assert_close(rows_by_hand(padding=torch.tensor([[False, True]])), torch.tensor([[0.0, 1.0]] * 2))
+
+
+def test_a_row_that_sees_nothing_has_no_weight():
+    nothing = torch.tensor([[False, False], [True, True]])[None, None]
+    wanted = torch.tensor([[0.0, 0.0], [2 / 3, 1 / 3]])
+    torch.testing.assert_close(rows_by_hand(nothing), wanted)
+    torch.testing.assert_close(rows_by_hand(torch.where(nothing, 0.0, -torch.inf)), wanted)
 
 
 def test_boolean_mask():
@@ -42,92 +64,153 @@ def test_additive_mask():
     torch.testing.assert_close(rows_by_hand(mask), torch.tensor([[2 / 5, 3 / 5], [1.0, 0.0]]))
 
 
+def test_soft_cap():
+    """Score ln 3 under a cap c becomes c tanh(ln 3 / c); a cap far above the scores changes nothing."""
+    capped = 2 * math.tanh(math.log(3) / 2)
+    torch.testing.assert_close(rows_by_hand(softcap=2.0)[0, 1].item(), 1 / (1 + math.exp(-capped)))
+    torch.testing.assert_close(rows_by_hand(softcap=1e4), rows_by_hand(), rtol=0, atol=1e-4)
+
+
 def test_a_mask_longer_than_the_keys_and_one_row_for_all_queries():
     mask = torch.tensor([[False, True, True]])[None, None]
     torch.testing.assert_close(rows_by_hand(mask), torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
 
 
-def test_key_heads_are_shared_by_groups_of_query_heads():
+def test_a_mask_without_four_axes_is_refused():
+    with pytest.raises(UnsupportedError, match=r"mask of shape \[2, 2\]"):
+        rows_by_hand(torch.ones(2, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("heads", [None, [5, 0, 3]])
+def test_key_heads_are_shared_by_groups_of_query_heads(heads):
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 6, 5, 4, generator=generator), torch.randn(2, 3, 7, 4, generator=generator)
     rows = torch.tensor([[4, 0], [1, 1]])
-    found = attention_rows(query, key, None, scaling=None, is_causal=False, rows=rows)
+    mask = torch.randn(2, 6, 5, 7, generator=generator) > 0
+    found = attention_rows(query, key, mask, rows=rows, heads=heads)
     for row in range(2):
-        for head in range(6):
+        for place, head in enumerate(heads or range(6)):
             scores = query[row, head, rows[row]] @ key[row, head // 2].T / 2  # d_head 4: 1 / sqrt(4)
-            torch.testing.assert_close(found[row, head], scores.softmax(dim=-1))
+            scores = scores.masked_fill(~mask[row, head, rows[row]], -torch.inf)
+            torch.testing.assert_close(found[row, place], scores.softmax(dim=-1))
 
 
-class Largest(TorchDispatchMode):
-    """Shapes of all new tensors (not views of others) with two axes of `length` or more."""
-
-    def __init__(self, length):
-        super().__init__()
-        self.length = length
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = {
-            one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)
-        }
-        for one in tree_leaves(result):
-            new = isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in given
-            if new and sum(size >= self.length for size in one.shape) >= 2:
-                self.shapes.append((str(function), tuple(one.shape)))
-        return result
+# -- against the model's own eager attention ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_the_matrix_of_all_rows_by_all_columns_is_never_built(padded, llava, image):
-    """Tensors with two axes as long as the prompt: none but those that the plain model makes (its mask, when padded).
+class Collect:
+    """An observer that keeps all weights of every call, by call of the module."""
 
-    The prompt is longer than every width of the model, so that such a tensor is one over positions twice.
+    def __init__(self, *, block=None):
+        self.forwards = [[]]
+        self.numbers = []
+        self.block = block
+
+    def see(self, call):
+        self.numbers.append(call.number)
+        step = self.block or call.query.shape[2]
+        parts = [call.weights(slice(at, at + step), None) for at in range(0, call.query.shape[2], step)]
+        self.forwards[-1].append(torch.cat(parts, dim=2))
+
+    def end(self):
+        self.forwards.append([])
+
+
+def attention_modules(model):
+    """Every module of the language model, or of the vision tower, that takes its attention from the interface."""
+    found = {}
+    for name, module in model.named_modules():
+        try:
+            _own_eager(type(module))
+        except UnsupportedError:
+            continue
+        found[name] = module
+    return found
+
+
+def two_prompts(vlm, image):
+    """Rows of different lengths, so that one is padded."""
+    token = vlm.processor.image_token
+    return vlm.encode(
+        [image(0), image(1)], [f"{token} is there a dog ?", f"{token} is there a red cat in the image ? yes ."]
+    )
+
+
+def run(vlm, batch):
+    with torch.no_grad():
+        return vlm._call(batch).logits
+
+
+def again(vlm, implementation="as built"):
+    """A copy of a VLM, under an attention implementation."""
+    model = copy.deepcopy(vlm.model)
+    if implementation != "as built":
+        model.set_attn_implementation(implementation)
+    return VLM.wrap(model, vlm.processor, vlm.name)
+
+
+def own_weights(vlm, batch):
+    """What the eager function of every attention module returns, call by call: the ground truth.
+
+    The function that a module hands to the interface is wrapped where the module's file keeps it.
     """
-    long = "<image> " + "is there a dog in the image ? " * 12
-    batch = llava.encode([image(0), image(1)], [long, long + ("cat " if padded else "")])
-    length = batch.length - 1
-    assert length > 100
+    vlm = again(vlm, "eager")
+    seen = {}
+    names = {module: name for name, module in attention_modules(vlm.model).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        for module_type in {type(module) for module in names}:
+            own = _own_eager(module_type)
+            space = __import__(own.__module__, fromlist=["_"])
 
-    def shapes(*asked):
-        with Largest(length) as seen:
-            if asked:
-                with llava.trace(*asked):
-                    llava.forward(batch)
-            else:
-                llava.forward(batch)
-        return sorted(seen.shapes)
+            def keep(module, *args, own=own, **kwargs):
+                output = own(module, *args, **kwargs)
+                seen.setdefault(names[module], []).append(output[1])
+                return output
 
-    plain = shapes()
-    for asked in (
-        [sites.attention(queries="last", keys="image")],
-        [sites.attention(queries="last", keys="all", reduce_keys="sum")],
-        [sites.vision_attention(), sites.resid_post(), sites.z(positions="image", reduce="mean")],
-    ):
-        assert shapes(*asked) == plain
-    assert len(shapes(sites.attention(queries="all", keys="image", layers=[0]))) > len(plain)  # the test can see it
+            patch.setattr(space, own.__name__, keep)
+        run(vlm, batch)
+    return seen
 
 
-def test_an_implementation_that_cannot_be_tapped_is_refused(llava, image, monkeypatch):
-    batch = llava.encode([image(0)], ["<image> what ?"])
-    text = llava.model.config.text_config
-    monkeypatch.setattr(text, "_attn_implementation_internal", "flash_attention_2")
-    with (
-        llava.trace(sites.attention()),
-        pytest.raises(
-            UnsupportedError, match=r"runs attention by flash_attention_2.*load it with attn_implementation='sdpa'"
-        ),
-    ):
-        llava.forward(batch)
-    assert text._attn_implementation == "flash_attention_2"
+@pytest.fixture(params=sorted(BUILDERS), scope="module")
+def tiny(request):
+    return BUILDERS[request.param]()
 
 
-def test_what_the_tap_replaces_comes_back(llava):
-    configs = [llava.model.config, llava.model.config.text_config, llava.model.config.vision_config]
-    before = [config._attn_implementation for config in configs]
-    with tapped(llava.model):
-        assert {config._attn_implementation for config in configs} == {"slitlamp_sdpa"}
-        with tapped(llava.model):
-            pass
-        assert {config._attn_implementation for config in configs} == {"slitlamp_sdpa"}
-    assert [config._attn_implementation for config in configs] == before
+@pytest.mark.parametrize("block", [None, 3])
+@pytest.mark.parametrize("implementation", ["as built", "eager"])
+def test_rows_are_those_of_the_models_own_eager_attention(tiny, implementation, block, image, monkeypatch):
+    """Every attention module of every family, text and vision, with padding; and the logits are the untraced ones."""
+    if block is not None:
+        monkeypatch.setattr(rows_module, "BLOCK_ELEMENTS", 1)  # eager: one query row at a time
+    batch = two_prompts(tiny, image)
+    wanted = own_weights(tiny, batch)
+    vlm = again(tiny, implementation)
+    plain = run(vlm, batch)
+    modules = attention_modules(vlm.model)
+    observers = {name: Collect(block=block) for name in modules}
+    with observed({module: [observers[name]] for name, module in modules.items()}):
+        traced = run(vlm, batch)
+    if block is None:
+        assert torch.equal(traced, plain)
+    else:
+        torch.testing.assert_close(traced, plain)
+    assert wanted
+    compared = 0
+    for name, calls in wanted.items():
+        found = observers[name].forwards
+        assert len(found) == 2  # one forward, and it ended
+        assert found[1] == []
+        assert observers[name].numbers == list(range(len(calls)))
+        for mine, own in zip(found[0], calls, strict=True):
+            real = own if own.shape[0] != batch.size else own * sees_something(own, batch)
+            torch.testing.assert_close(mine * sees_something(mine, batch), real, rtol=1e-4, atol=1e-6, msg=name)
+            compared += 1
+    assert compared >= 4
+
+
+def sees_something(weights, batch):
+    """1 for the rows of the language model that are not padding: eager gives a padded row uniform weights, SDPA none."""
+    if weights.shape[0] != batch.size or weights.shape[2] != batch.length:
+        return torch.ones(())
+    return batch.attention_mask[:, None, :, None].float()

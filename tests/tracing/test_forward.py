@@ -193,7 +193,8 @@ def test_heads_are_chosen_by_number(setting):
     ) as trace:
         vlm.forward(batch)
     assert torch.equal(trace["z"][1], trace["all z"][1][:, :, [3, 0]])
-    assert torch.equal(trace["attention"][1], trace["all rows"][1][:, [3, 0]])
+    # only the chosen heads are computed: the same numbers by another matrix product
+    torch.testing.assert_close(trace["attention"][1], trace["all rows"][1][:, [3, 0]])
 
 
 def test_attention_is_that_of_eager(setting):

@@ -1,0 +1,167 @@
+"""Attention weights of chosen query rows and heads, from the queries and keys that an attention function was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from slitlamp.errors import UnsupportedError
+
+BLOCK_ELEMENTS = 2**20
+"""Weights that are held at once, over rows, heads, queries and keys: 4 MB in float32. A single query row may need more."""
+
+
+def block_rows(rows: int, heads: int, keys: int) -> int:
+    """How many query rows make a block of at most `BLOCK_ELEMENTS` weights; at least one."""
+    return max(1, BLOCK_ELEMENTS // max(1, rows * heads * keys))
+
+
+QueryRows = Tensor | slice
+"""Query rows: int64 [row, chosen], or a slice that is the same in every row of the batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One call of the attention function by an attention module.
+
+    Attributes:
+        module: the module that called it.
+        number: 0 for the first call during this forward of the module, 1 for the second, and so on. A Qwen vision tower,
+            for example, makes one call per image.
+        query: [row, head, query, d_head].
+        n_keys: keys that the queries were multiplied with; in a sliding-window layer that decodes, only the last ones.
+        weights: (query rows, heads or None for all) -> [row, chosen head, chosen query, key], in the dtype of the query:
+            the weights that the output of this call was made with.
+    """
+
+    module: nn.Module
+    number: int
+    query: Tensor
+    n_keys: int
+    weights: Callable[[QueryRows, Sequence[int] | None], Tensor]
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether the keys come from another sequence than the queries (Mllama's layers that read the image)."""
+        named = "CrossAttention" in type(self.module).__name__
+        return named or bool(getattr(self.module, "is_cross_attention", False))
+
+    def block_rows(self, heads: Sequence[int] | None) -> int:
+        """How many query rows to take at once, so that no more than `BLOCK_ELEMENTS` weights are held."""
+        return block_rows(self.query.shape[0], self.query.shape[1] if heads is None else len(heads), self.n_keys)
+
+
+class Observer(Protocol):
+    """Sees the attention of one module.
+
+    `see` is called for every call of the attention function, in order; `end` once the module's forward is over. The
+    weights must be taken inside `see`: what they are computed from is gone afterwards.
+    """
+
+    def see(self, call: AttentionCall) -> None:
+        """One call of the attention function."""
+
+    def end(self) -> None:
+        """The module's forward is over."""
+
+
+def take_rows(values: Tensor, rows: QueryRows) -> Tensor:
+    """Query rows of [row, head, query, ...] along axis 2; a single row of the batch or of queries stands for all."""
+    if values.shape[2] == 1:
+        return values
+    if isinstance(rows, slice):
+        return values[:, :, rows]
+    wide = values.expand(rows.shape[0], -1, -1, -1)
+    return torch.take_along_dim(wide, rows[:, None, :, None].expand(-1, wide.shape[1], -1, wide.shape[3]), dim=2)
+
+
+def _positions(rows: QueryRows, n_queries: int, device: torch.device) -> Tensor:
+    """int64 [row or 1, chosen]."""
+    return torch.arange(n_queries, device=device)[rows][None, :] if isinstance(rows, slice) else rows
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None = None,
+    *,
+    rows: QueryRows = slice(None),
+    heads: Sequence[int] | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    is_causal: bool = False,
+    offset: int = 0,
+    window: int | None = None,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """Attention weights of some query rows and heads: softmax(softcap(q k^T * scaling) + mask).
+
+    q k^T is computed in the dtype of the model, as HF's eager attention does; what follows in float32. Only the chosen
+    rows and heads are computed. A row that may attend to nothing has weights 0, which is what SDPA gives for it.
+
+    Args:
+        query: [batch, head, query, d_head].
+        key: [batch, kv head, key, d_head]; each is shared by head / kv head query heads.
+        mask: None, or bool (true: may attend) or additive, broadcastable to [batch, head, query, key or more].
+        rows: query rows.
+        heads: query heads; None for all.
+        scaling: factor of the scores; None for 1 / sqrt(d_head).
+        softcap: scores s become softcap * tanh(s / softcap).
+        is_causal: whether query i sees keys 0 to i + `offset` only.
+        offset: how many keys come before the key of query 0.
+        window: query i sees only keys less than this many places away from i + `offset`.
+        padding: bool [batch, key], true where a key is real.
+
+    Returns:
+        [batch, chosen head, chosen query, key], in the dtype of the query.
+
+    Raises:
+        UnsupportedError: a mask of other than four axes.
+    """
+    if mask is not None and mask.ndim != 4:
+        raise UnsupportedError(f"an attention mask of shape {list(mask.shape)}; expected [batch, head, query, key]")
+    query, key = query.detach(), key.detach()
+    batch, n_heads, n_queries, width = query.shape
+    n_kv_heads, n_keys = key.shape[1], key.shape[2]
+    groups = n_heads // n_kv_heads
+    if heads is not None:
+        chosen = list(heads)
+        query, key = query[:, chosen], key[:, [head // groups for head in chosen]]
+        n_heads = n_kv_heads = len(chosen)
+        groups = 1
+        mask = mask if mask is None or mask.shape[1] == 1 else mask[:, chosen]
+    taken = query[:, :, rows] if isinstance(rows, slice) else take_rows(query, rows) if n_queries > 1 else query
+    n_rows = taken.shape[2]
+    grouped = taken.reshape(batch, n_kv_heads, groups * n_rows, width)
+    scores = (grouped @ key.transpose(2, 3)).reshape(batch, n_heads, n_rows, n_keys)
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores.mul_(scaling if scaling is not None else width**-0.5)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+
+    hidden: Tensor | None = None
+    if mask is not None:
+        mask_rows = take_rows(mask.detach()[..., :n_keys], rows)
+        if mask_rows.dtype == torch.bool:
+            hidden = ~mask_rows
+        else:
+            scores.add_(mask_rows)
+            hidden = mask_rows == -torch.inf
+    if is_causal or window is not None:
+        places = _positions(rows, n_queries, query.device)[:, None, :, None] + offset
+        distance = places - torch.arange(n_keys, device=query.device)
+        far = distance < 0 if is_causal else torch.zeros_like(distance, dtype=torch.bool)
+        if window is not None:
+            far = far | (distance.abs() >= window)
+        hidden = far if hidden is None else hidden | far
+    if padding is not None:
+        absent = ~padding[:, None, None, :n_keys]
+        hidden = absent if hidden is None else hidden | absent
+    if hidden is None:
+        return scores.softmax(dim=-1).to(query.dtype)
+    weights = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
+    return weights.masked_fill_(hidden, 0).to(query.dtype)  # a row that sees nothing: 0, not 0 / 0
