@@ -17,6 +17,7 @@ from slitlamp.decoding.intervention import Intervention, RunContext, in_order
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models import Anatomy, Batch, family_of, read_anatomy
 from slitlamp.models.encode import encode
+from slitlamp.models.placement import input_device, weights
 from slitlamp.tracing import Edit, Probe, Site, Trace, check_sites, session
 from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.probe import Labels
@@ -139,7 +140,7 @@ class VLM:
     @property
     def device(self) -> torch.device:
         """The device that takes the input ids."""
-        return next(self.model.get_input_embeddings().parameters()).device
+        return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,11 +157,11 @@ class VLM:
 
     @cached_property
     def weights_hash(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of all weights."""
+        """SHA-256 over names, dtypes, shapes and bytes of all weights; the same wherever they are, offloaded ones included."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
+        for name, tensor in weights(self.model):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:
