@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from edits import Edits
+from untouched import snapshot
 
 from slitlamp.errors import InputError
 from slitlamp.tracing import Edit, sites
-from slitlamp.tracing.attention_tap import _observers
 from slitlamp.vlm import VLM
 
 ALL = (
@@ -21,39 +21,6 @@ ALL = (
     sites.vision_attention,
     sites.projector_out,
 )
-
-
-def snapshot(vlm):
-    """Everything that a run could leave behind: hooks, attributes, configurations, weights, processor settings."""
-    modules, configs = {}, {}
-    for path, module in vlm.model.named_modules():
-        hooks = {
-            name: list(value.items()) for name, value in vars(module).items() if name.endswith(("hooks", "kwargs"))
-        }
-        modules[path] = (hooks, sorted(vars(module)), module.training, vars(module).get("forward"))
-        config = getattr(module, "config", None)
-        if config is not None:
-            configs[path] = (id(config), repr(config), config._attn_implementation)
-            for name in config.sub_configs:
-                configs[path, name] = (id(getattr(config, name)), getattr(config, name)._attn_implementation)
-    tokenizer = vlm.tokenizer
-    return {
-        "modules": modules,
-        "configs": configs,
-        "generation": repr(vlm.model.generation_config),
-        "gradients": {name: (one.requires_grad, one.grad is None) for name, one in vlm.model.named_parameters()},
-        "processor": repr(vlm.processor),
-        "tokenizer": (
-            tokenizer.padding_side,
-            tokenizer.truncation_side,
-            repr(tokenizer),
-            tokenizer.backend_tokenizer.to_str(),
-        ),
-        "observers": dict(_observers),
-        "traces": list(vlm._traces),
-        "interventions": list(vlm._interventions),
-        "rng": torch.get_rng_state().tolist(),
-    }
 
 
 @pytest.fixture(params=["llava sdpa", "llava eager", "llava eager tower", "llava_next sdpa"])
