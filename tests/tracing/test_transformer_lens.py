@@ -5,8 +5,10 @@ SDPA, and float32 rounds at 6e-8 relative over three blocks of sums of at most 4
 """
 
 import copy
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -330,3 +332,13 @@ def test_without_transformer_lens(setting, monkeypatch):
 def test_it_is_imported_when_it_is_asked_for():
     code = "import sys, slitlamp.vlm; assert not {'transformer_lens', 'nnsight'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_worked_example_runs(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "transformer_lens.md").read_text(encoding="utf-8")
+    names = {"__name__": "example"}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(block, "docs/transformer_lens.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "final_post  p(yes)" in printed
+    assert "5_mlp_out" in printed
