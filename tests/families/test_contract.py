@@ -1,8 +1,4 @@
-"""What holds for every family: each site is what its definition says, and what Hugging Face's eager model computes.
-
-Tolerance: 2e-5 times the largest absolute value of the reference (at least 1). Float32 rounds at 6e-8 relative; a few blocks
-of sums over at most some hundred terms keep the difference of two orders of summation below that.
-"""
+"""What holds for every family: each site is what its definition says, and what Hugging Face's eager model computes."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from contract import close
 from torch import nn
 
 from slitlamp.errors import UnsupportedError
@@ -17,12 +14,6 @@ from slitlamp.tracing import sites
 from slitlamp.tracing.sites import SITES
 
 SIDES = ("", "vision_")
-
-
-def close(found, wanted, tolerance=2e-5):
-    found, wanted = found.detach(), wanted.detach()
-    scale = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * scale)
 
 
 def module(setting, site, layer):
