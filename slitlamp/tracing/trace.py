@@ -99,19 +99,27 @@ class SiteRecord(Mapping[int, Tensor]):
         return len(self.layers)
 
     def stack(self) -> Tensor:
-        """All layers as one tensor [layer, ...]."""
-        return torch.stack([self[layer] for layer in self.layers])
+        """All layers as one tensor [layer, ...], on the device of the first, which the masks are on too.
+
+        A recording stays on the device of its layer, and the layers of a large model may be on several.
+        """
+        layers = [self[layer] for layer in self.layers]
+        return torch.stack([one.to(layers[0].device) for one in layers])
 
     @property
     def mask(self) -> Tensor:
         """bool [row, position] (attention: [row, query]), true where a recording is real rather than padding."""
-        masks = [step.masks[self.site.label] for step in self._steps]
+        masks = [self._beside(step.masks[self.site.label], step) for step in self._steps]
         return torch.cat(masks, dim=1) if masks else torch.zeros(0, 0, dtype=torch.bool)
 
     @property
     def key_mask(self) -> Tensor:
         """bool [row, key] of the last forward call, true where a key is real (attention only)."""
-        return self._steps[-1].key_masks[self.site.label]
+        return self._beside(self._steps[-1].key_masks[self.site.label], self._steps[-1])
+
+    def _beside(self, mask: Tensor, step: Step) -> Tensor:
+        """A mask on the device of the first layer's recording."""
+        return mask.to(next(iter(step.values[self.site.label].values())).device)
 
     def _asked(self) -> object:
         site = self.site

@@ -1,0 +1,101 @@
+"""A second device where there is none: every tensor is on the CPU, but says that it is on the device it was moved to.
+
+Under `PretendDevices`, a torch function that is given tensors of two devices raises the error that it raises on a machine
+with two GPUs. What torch allows there is allowed here: indices on the CPU, and single numbers on the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+CPU = torch.device("cpu")
+_INDEXED = ("__getitem__", "__setitem__", "index_put_", "index_put")
+_SHAPES = ("new_zeros", "new_full", "new_ones", "new_empty", "new_tensor", "zeros_like", "ones_like", "full_like")
+
+
+def place(tensor: Tensor) -> torch.device:
+    """The device that a tensor pretends to be on."""
+    found: torch.device = getattr(tensor, "_pretended", CPU)
+    return found
+
+
+class PretendDevices(TorchFunctionMode):
+    """While it is in force, devices `cuda:N` exist."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__self__", None) is Tensor.device:
+            return place(args[0])
+        if func is torch.device:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        given = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Tensor)]
+        target: torch.device | None = None
+
+        def really(value: Any) -> Any:
+            nonlocal target
+            if isinstance(value, torch.device) or (isinstance(value, str) and value.startswith(("cuda", "cpu"))):
+                target = torch.device(value)
+                return CPU
+            return value
+
+        args, kwargs = tree_map(really, args), tree_map(really, kwargs)
+        if name == "cpu":
+            target = CPU
+        elif name in ("to", "type_as") and len(given) == 2:
+            target = place(given[1])
+        of = [place(one) for one in given if one.ndim > 0 or place(one) != CPU]
+        if name in _INDEXED:
+            of = [place(args[0]), *(one for one in of if one != CPU)]
+        elif name in _SHAPES or name == "copy_":
+            of = [place(args[0])]
+        if target is None and len(set(of)) > 1:
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found {set(of)} in {name}")
+        result = func(*args, **kwargs)
+        where = target if target is not None else of[0] if of else CPU
+
+        def put(value: Any) -> Any:
+            if not isinstance(value, Tensor) or place(value) == where:
+                return value
+            if any(value is one for one in given):  # torch had nothing to move
+                value = value.clone()
+            value._pretended = where  # type: ignore[attr-defined]
+            return value
+
+        return result if isinstance(result, torch.Size) else tree_map(put, result)
+
+
+def dispatch(model: nn.Module, places: dict[str, str]) -> None:
+    """Put modules on devices and move what is given to them there, as accelerate's hooks do around `forward`."""
+    for path, device in places.items():
+        module = model.get_submodule(path)
+        for weight in (*module.parameters(), *module.buffers()):
+            weight._pretended = torch.device(device)  # type: ignore[attr-defined]
+        module.forward = _moving(module.forward, torch.device(device))  # type: ignore[method-assign]
+    model.forward = _moving(model.forward, CPU, after=True)  # type: ignore[method-assign]
+
+
+def _moving(forward: Callable[..., Any], device: torch.device, *, after: bool = False) -> Callable[..., Any]:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    @functools.wraps(forward)
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        if not after:
+            args, kwargs = tree_map(move, args), tree_map(move, kwargs)
+        output = forward(*args, **kwargs)
+        if after:
+            for key, value in output.items():
+                output[key] = tree_map(move, value)
+        return output
+
+    return moved
