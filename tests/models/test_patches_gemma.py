@@ -108,6 +108,9 @@ def test_paligemma_reads_the_prompt_in_both_directions_and_its_answer_in_one(pal
 def test_gemma3_reads_an_image_in_both_directions_and_nothing_else(image):
     vlm = gemma.build_gemma3()
     batch = vlm.encode([[image(0), image(1)]], ["is <start_of_image> in <start_of_image> ?"])
+    longer = batch.with_continuation([[IMAGE + 7, IMAGE + 8]])
+    for one in (batch, longer, longer.prompt_only(), longer.without_images()):
+        assert torch.equal(one.aligned["token_type_ids"] == 1, one.image_mask)
     full = vlm.anatomy.attention_types.index("full_attention")
     seen = attention(vlm, batch, full)[0].sum(dim=0) > 0
     block = torch.full((batch.length,), -1)

@@ -46,7 +46,9 @@ def test_the_grid_is_that_of_the_tiles(width, height, vlm, image):
     assert patches.grids == {(0, BASE_VIEW): (rows * SIDE, columns * SIDE)}
     assert patches.n_tiles == n_tiles == rows * columns
     assert len(patches) == n_tiles * PER_TILE
-    assert (~patches.on_image).nonzero()[:, 0].tolist() == [tile * PER_TILE for tile in range(n_tiles)]  # CLS tokens
+    first = torch.arange(n_tiles) * PER_TILE  # CLS tokens
+    assert torch.equal((~patches.on_image).nonzero()[:, 0], first)
+    assert (patches.table[first] == torch.tensor([0, -1, -1])).all()
     assert batch.cross_mask.shape == (1, MAX_TILES * PER_TILE)
     assert batch.cross_mask[0].tolist() == [True] * len(patches) + [False] * ((MAX_TILES - n_tiles) * PER_TILE)
     assert batch.input_ids[0].tolist().count(IMAGE) == int(batch.image_mask.sum()) == 1  # in the prompt
