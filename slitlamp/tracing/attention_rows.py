@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -36,6 +36,8 @@ class AttentionCall:
         n_keys: keys that the queries were multiplied with; in a sliding-window layer that decodes, only the last ones.
         weights: (query rows, heads or None for all) -> [row, chosen head, chosen query, key], in the dtype of the query:
             the weights that the output of this call was made with.
+        output, value: [row, query, head, d_head] and [row, kv head, key, d_head]: what the call gave, and the values that
+            it weighed; None where a call runs over several sequences in one row.
     """
 
     module: nn.Module
@@ -43,6 +45,8 @@ class AttentionCall:
     query: Tensor
     n_keys: int
     weights: Callable[[QueryRows, Sequence[int] | None], Tensor]
+    output: Tensor | None = None
+    value: Tensor | None = None
 
     @property
     def is_cross(self) -> bool:
@@ -77,6 +81,27 @@ def take_rows(values: Tensor, rows: QueryRows) -> Tensor:
         return values[:, :, rows]
     wide = values.expand(rows.shape[0], -1, -1, -1)
     return torch.take_along_dim(wide, rows[:, None, :, None].expand(-1, wide.shape[1], -1, wide.shape[3]), dim=2)
+
+
+def slopes(call: AttentionCall, gradient: Tensor) -> AttentionCall:
+    """A call whose "weights" are the derivatives by the weights of the given one: d/dA[h, q, k] = <d/d output[q, h], value[k]>.
+
+    The output is the sum of the values by the weights, so that no matrix need be in the graph. Each weight counts as a
+    variable of its own, those of keys that a query may not see included.
+
+    Args:
+        call: of the attention function.
+        gradient: with respect to its output, [row, query, head, d_head].
+    """
+    by_head = gradient.transpose(1, 2)
+    value: Tensor = call.value  # type: ignore[assignment]  # a call without values has no gradient to be given
+    groups = by_head.shape[1] // value.shape[1]
+
+    def weights(rows: QueryRows, heads: Sequence[int] | None) -> Tensor:
+        chosen = list(range(by_head.shape[1])) if heads is None else list(heads)
+        return take_rows(by_head[:, chosen], rows) @ value[:, [head // groups for head in chosen]].transpose(2, 3)
+
+    return replace(call, weights=weights)
 
 
 def _positions(rows: QueryRows, n_queries: int, device: torch.device) -> Tensor:
@@ -153,10 +178,10 @@ def attention_rows(
             hidden = mask_rows == -torch.inf
     if is_causal or window is not None:
         places = _positions(rows, n_queries, query.device)[:, None, :, None] + offset
-        distance = places - torch.arange(n_keys, device=query.device)
-        far = distance < 0 if is_causal else torch.zeros_like(distance, dtype=torch.bool)
+        of_keys = torch.arange(n_keys, device=query.device)
+        far = of_keys > places if is_causal else of_keys < 0
         if window is not None:
-            far = far | (distance.abs() >= window)
+            far = far | (of_keys <= places - window) | (of_keys >= places + window)
         hidden = far if hidden is None else hidden | far
     if padding is not None:
         absent = ~padding[:, None, None, :n_keys]

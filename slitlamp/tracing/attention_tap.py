@@ -47,8 +47,16 @@ class _Watch:
     observers: list[Observer]
     calls: int = 0
 
-    def see(self, module: nn.Module, query: Tensor, n_keys: int, weights: Callable[..., Tensor]) -> None:
-        call = AttentionCall(module, self.calls, query, n_keys, weights)
+    def see(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        n_keys: int,
+        weights: Callable[..., Tensor],
+        output: Tensor | None = None,
+        value: Tensor | None = None,
+    ) -> None:
+        call = AttentionCall(module, self.calls, query, n_keys, weights, output, value)
         self.calls += 1
         with torch.no_grad():
             for observer in self.observers:
@@ -92,7 +100,7 @@ def _tapped_sdpa(
                 is_causal=is_causal,
             )
 
-        watch.see(module, query, key.shape[2], weights)
+        watch.see(module, query, key.shape[2], weights, output[0], value)
     return output
 
 
@@ -140,9 +148,9 @@ def _tapped_flash(
             _refuse_packed(module, query, options.get("position_ids"), attention_mask)
             padding = None if attention_mask is None else attention_mask.bool()
             if padding is not None:
-                key = key[:, :, : padding.shape[1]]
+                key, value = key[:, :, : padding.shape[1]], value[:, :, : padding.shape[1]]
             choices |= {"padding": padding, "offset": key.shape[2] - query.shape[2]}
-            watch.see(module, query, key.shape[2], partial(_weights, query, key, choices))
+            watch.see(module, query, key.shape[2], partial(_weights, query, key, choices), output[0], value)
     return output
 
 
@@ -227,7 +235,7 @@ def _tapped_eager(
         taken = run(rows, value[..., :0])[1].detach()
         return taken if heads is None else taken[:, list(heads)]
 
-    watch.see(module, query, key.shape[2], weights)
+    watch.see(module, query, key.shape[2], weights, output, value)
     return output, None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from slitlamp.errors import UnsupportedError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.tracing.attention_recorder import AttentionRecorder, Chosen
-from slitlamp.tracing.attention_rows import AttentionCall
+from slitlamp.tracing.attention_rows import AttentionCall, Observer, slopes
 from slitlamp.tracing.call import Calls, Selection, vision_selection
 from slitlamp.tracing.gradients import Gradients
 from slitlamp.tracing.places import Tiles, View
@@ -149,8 +149,16 @@ class Recorder:
 
     # -- attention --------------------------------------------------------------------------------------------------
 
-    def attention(self, site: Site, layer: int) -> AttentionRecorder:
-        """An observer that records attention weights."""
+    def attention(self, site: Site, layer: int) -> Observer:
+        """An observer that records attention weights, and watches what they are weights of if gradients are wanted."""
+        if self.gradients is None or self._of_gradients is None:
+            return self._attention(site, layer)
+        where = f"{site.label} of layer {layer}"
+        return _Watching(
+            where, self._attention(site, layer), self._of_gradients._attention(site, layer), self.gradients
+        )
+
+    def _attention(self, site: Site, layer: int) -> AttentionRecorder:
         packed = site.is_vision and self.anatomy.tower.unpack is not None
 
         def store(values: Tensor, valid: Tensor, key_valid: Tensor) -> None:
@@ -178,3 +186,36 @@ class Recorder:
             # a sliding window's cache holds the last keys alone
             first = max(0, self.calls.batch.length + max(self.calls.number, 0) - call.n_keys)
         return None if queries is None or keys is None else Chosen(queries, keys, first)
+
+
+class _Watching:
+    """Records attention weights, and once the model has been differentiated, the derivatives by them."""
+
+    def __init__(self, where: str, values: Observer, of_gradients: Observer, gradients: Gradients) -> None:
+        self.where = where
+        self.values = values
+        self.of_gradients = of_gradients
+        self.gradients = gradients
+        self._seen: list[AttentionCall] = []
+
+    def see(self, call: AttentionCall) -> None:
+        """One call of the attention function."""
+        self.values.see(call)
+        self._seen.append(call)
+
+    def end(self) -> None:
+        """The module's forward is over."""
+        self.values.end()
+        seen, self._seen = self._seen, []
+        for call in seen:
+            if call.output is None:
+                raise UnsupportedError(
+                    f"{self.where}: no gradients with respect to attention over packed sequences; load the model with "
+                    "attn_implementation='sdpa'"
+                )
+            self.gradients.watch(self.where, call.output, partial(self._take, call, last=call is seen[-1]))
+
+    def _take(self, call: AttentionCall, gradient: Tensor, *, last: bool) -> None:
+        self.of_gradients.see(slopes(call, gradient))
+        if last:
+            self.of_gradients.end()

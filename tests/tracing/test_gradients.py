@@ -12,6 +12,7 @@ from slitlamp.tracing import Edit, sites
 from slitlamp.vlm import VLM
 
 TOKEN = 7
+PROMPTS = ["<image> what ?", "<image> is there a dog in the image ?"]
 STATES = (
     "resid_pre",
     "resid_mid",
@@ -43,7 +44,7 @@ def setting(llava, image):
             norm.load_state_dict(module.state_dict())
             model.set_submodule(path, norm)
     vlm = VLM.wrap(model, llava.processor)
-    return vlm, vlm.encode([image(0), image(1)], ["<image> what ?", "<image> is there a dog in the image ?"])
+    return vlm, vlm.encode([image(0), image(1)], PROMPTS)
 
 
 @pytest.mark.parametrize("name", [*STATES, "vision_resid_post", "projector_out", "vision_z"])
@@ -112,6 +113,47 @@ def test_logits_give_the_scores_own_derivative(setting):
     wanted = torch.zeros(2, 1, vlm.anatomy.d_vocab, dtype=torch.float64)
     wanted[..., TOKEN] = 1
     assert torch.equal(trace.gradients["logits"][0], wanted)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_gradients_by_attention_are_those_of_autograd_through_the_whole_matrix(attention, setting, image):
+    """Without padding, at which eager attention gives NaN in double precision; its softmax is in float32: tolerance 1e-5."""
+    vlm, _ = setting
+    batch = vlm.encode([image(1)], PROMPTS[1:])
+    eager = copy.deepcopy(vlm.model)
+    eager.set_attn_implementation("eager")
+    output = eager(**batch.inputs(), output_attentions=True)
+    wanted = torch.autograd.grad(score(output).sum(), output.attentions)
+    model = copy.deepcopy(vlm.model)
+    model.set_attn_implementation(attention)
+    one = VLM.wrap(model, vlm.processor)
+    with one.trace(
+        sites.attention(queries="text", keys="image", layers=[0, 2]),
+        sites.attention(queries="all", keys="image", heads=[3, 0], reduce_keys="sum", label="sum"),
+        sites.vision_attention(),
+        gradient_of=score,
+    ) as trace:
+        one.forward(batch)
+    text, seen = batch.text_mask[0], batch.image_mask[0]
+
+    def close(found, wanted):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+    for layer in (0, 2):
+        close(trace.gradients["attention"][layer], wanted[layer][:, :, text][..., seen])
+    close(trace.gradients["sum"][1], wanted[1][:, [3, 0]][..., seen].sum(dim=-1))
+    assert trace.gradients["vision_attention"][0].shape == trace["vision_attention"][0].shape
+    assert trace.gradients["vision_attention"][0].abs().max() > 0
+
+
+def test_padding_does_not_change_gradients_by_attention(setting, image):
+    vlm, batch = setting
+    with vlm.trace(sites.attention(), gradient_of=score) as many:
+        vlm.forward(batch)
+    with vlm.trace(sites.attention(), gradient_of=score) as one:
+        vlm.forward(vlm.encode([image(0)], PROMPTS[:1]))
+    for layer, found in one.gradients["attention"].items():
+        torch.testing.assert_close(many.gradients["attention"][layer][:1], found, rtol=1e-5, atol=1e-6)
 
 
 def test_frozen_weights_give_the_same_gradients(setting):
