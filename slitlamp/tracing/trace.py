@@ -82,6 +82,7 @@ class SiteRecord(Mapping[int, Tensor]):
             raise InputError(
                 f"{self.site.label!r} recorded nothing: no position of this run is among {self._asked()!r}"
             )
+        self._check_ran([layer])
         if layer not in self.layers:
             raise InputError(f"layer {layer} of {self.site.label!r} was not recorded; recorded: {list(self.layers)}")
         parts = [step.values[self.site.label][layer] for step in self._steps]
@@ -102,7 +103,11 @@ class SiteRecord(Mapping[int, Tensor]):
         """All layers as one tensor [layer, ...], on the device of the first, which the masks are on too.
 
         A recording stays on the device of its layer, and the layers of a large model may be on several.
+
+        Raises:
+            InputError: a layer that did not run: the tensor would be taken for one of all layers.
         """
+        self._check_ran(self.site.layers or ())
         layers = [self[layer] for layer in self.layers]
         return torch.stack([one.to(layers[0].device) for one in layers])
 
@@ -120,6 +125,16 @@ class SiteRecord(Mapping[int, Tensor]):
     def _beside(self, mask: Tensor, step: Step) -> Tensor:
         """A mask on the device of the first layer's recording."""
         return mask.to(next(iter(step.values[self.site.label].values())).device)
+
+    def _check_ran(self, layers: Iterable[int]) -> None:
+        """Refuse layers that were asked for and have no recording although others have."""
+        missing = [one for one in layers if one in (self.site.layers or ()) and one not in self.layers]
+        if self.layers and missing:
+            raise InputError(
+                f"layers {missing} of {self.site.label!r} did not run: a model that reads the image by cross-attention skips "
+                "those layers for text without an image (in place of deleting the image, take noise); layers that ran: "
+                f"{list(self.layers)}"
+            )
 
     def _asked(self) -> object:
         site = self.site

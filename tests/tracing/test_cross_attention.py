@@ -142,6 +142,10 @@ def test_text_without_an_image_skips_the_layers(vlm):
     with vlm.trace(sites.resid_post(), sites.cross_attention()) as trace:
         vlm.forward(batch)
     assert trace["resid_post"].layers == (0, 2)
+    trace["resid_post"][2]
+    for ask in (trace["resid_post"].stack, lambda: trace["resid_post"][3]):
+        with pytest.raises(SlitlampError, match=r"layers \[.*3\] of 'resid_post' did not run.*that ran: \[0, 2\]"):
+            ask()
     with pytest.raises(SlitlampError, match="recorded nothing"):
         trace["cross_attention"][1]
 
