@@ -22,6 +22,9 @@ TILE_VIEW = 1
 class Patches:
     """The place of each image token of one prompt (or of one image), in the order of the tokens.
 
+    Where the decoder reads the image by cross-attention (Mllama), these are the keys of it that are tokens of an image, in
+    their order, and not the tokens that stand for an image in the prompt.
+
     Attributes:
         image: int64 [token], the image of the prompt that the token belongs to, from 0.
         row: int64 [token], its row in the grid of its view, from the top; -1 for a token that stands for no row (CLS).
