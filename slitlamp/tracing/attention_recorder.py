@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slitlamp.errors import UnsupportedError
-from slitlamp.tracing.attention_rows import AttentionCall
+from slitlamp.tracing.attention_rows import AttentionCall, take_keys
 from slitlamp.tracing.call import Selection, vision_selection
 from slitlamp.tracing.places import Tiles
 from slitlamp.tracing.reductions import reduce_axis
@@ -55,12 +55,7 @@ class _Gathered:
         site = self.site
         taken = weights
         if not self.all_keys:
-            index = self.index[rows].to(weights.device)
-            if index.shape[0] == 1:
-                taken = weights.index_select(3, index[0])
-            else:
-                shape = (*weights.shape[:3], index.shape[1])
-                taken = torch.take_along_dim(weights, index[:, None, None, :].expand(shape), dim=3)
+            taken = take_keys(weights, self.index[rows].to(weights.device))
             if not self.full_keys:
                 taken.masked_fill_(~self.present[rows].to(weights.device)[:, None, None, :], 0)
         if not self.queries.full:

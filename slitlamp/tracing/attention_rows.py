@@ -79,8 +79,10 @@ def take_rows(values: Tensor, rows: QueryRows) -> Tensor:
         return values
     if isinstance(rows, slice):
         return values[:, :, rows]
-    wide = values.expand(rows.shape[0], -1, -1, -1)
-    return torch.take_along_dim(wide, rows[:, None, :, None].expand(-1, wide.shape[1], -1, wide.shape[3]), dim=2)
+    if rows.shape[0] == 1:
+        return values[:, :, rows[0]]
+    of_row = torch.arange(rows.shape[0], device=rows.device)[:, None]
+    return values.expand(rows.shape[0], -1, -1, -1)[of_row, :, rows].movedim(1, 2)
 
 
 def slopes(call: AttentionCall, gradient: Tensor) -> AttentionCall:
@@ -102,6 +104,15 @@ def slopes(call: AttentionCall, gradient: Tensor) -> AttentionCall:
         return take_rows(by_head[:, chosen], rows) @ value[:, [head // groups for head in chosen]].transpose(2, 3)
 
     return replace(call, weights=weights)
+
+
+def take_keys(values: Tensor, index: Tensor) -> Tensor:
+    """Key columns of [row, head, query, key], int64 [row, chosen]: [row, head, query, chosen]."""
+    if index.shape[0] == 1:
+        return values[..., index[0]]
+    if values.shape[2] == 1:  # a decode step: one small operation
+        return torch.take_along_dim(values, index[:, None, None, :], dim=3)
+    return torch.stack([one[..., columns] for one, columns in zip(values, index, strict=True)])
 
 
 def _positions(rows: QueryRows, n_queries: int, device: torch.device) -> Tensor:

@@ -209,6 +209,21 @@ def _own_eager(module_type: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     )
 
 
+def _in_blocks(attend: Callable[[slice], Tensor], n_queries: int, block: int) -> Tensor:
+    """Outputs [row, query, head, d_head] of all query rows, written into one tensor: small tensors kept between the large
+    ones of the blocks would keep the memory of those from being used again.
+    """
+    first = attend(slice(0, block))
+    if first.requires_grad:
+        return torch.cat([first, *(attend(slice(at, at + block)) for at in range(block, n_queries, block))], dim=1)
+    output = first.new_empty(first.shape[0], n_queries, *first.shape[2:])
+    output[:, :block] = first
+    del first
+    for at in range(block, n_queries, block):
+        output[:, at : at + block] = attend(slice(at, at + block))
+    return output
+
+
 def _tapped_eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> Output:
@@ -228,8 +243,7 @@ def _tapped_eager(
     if block >= n_queries:
         output, _ = eager(module, query, key, value, attention_mask, **options)
     else:
-        starts = range(0, n_queries, block)
-        output = torch.cat([run(slice(start, start + block), value)[0] for start in starts], dim=1)
+        output = _in_blocks(lambda rows: run(rows, value)[0], n_queries, block)
 
     def weights(rows: QueryRows, heads: Sequence[int] | None) -> Tensor:
         taken = run(rows, value[..., :0])[1].detach()

@@ -2,15 +2,18 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
 from tiny_models import BUILDERS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slitlamp.errors import UnsupportedError
 from slitlamp.tracing import attention_rows as rows_module
+from slitlamp.tracing import sites
 from slitlamp.tracing.attention_rows import attention_rows
-from slitlamp.tracing.attention_tap import _own_eager, observed
+from slitlamp.tracing.attention_tap import _held, _observers, _own_eager, observed
 from slitlamp.vlm import VLM
 
 ALL = slice(None)
@@ -214,3 +217,159 @@ def sees_something(weights, batch):
     if weights.shape[0] != batch.size or weights.shape[2] != batch.length:
         return torch.ones(())
     return batch.attention_mask[:, None, :, None].float()
+
+
+@pytest.mark.parametrize("implementation", ["as built", "eager"])
+@pytest.mark.parametrize("builder", ["gemma3", "paligemma gemma2", "mllama", "llava"])
+def test_decode_steps_are_the_rows_of_one_pass_over_everything(builder, implementation, image):
+    """Sliding layers keep the last keys alone while they decode: columns are still those of the whole prompt.
+
+    The model is random: its small rounding differences between the two ways to run it do not grow.
+    """
+    vlm = again(BUILDERS[builder](), implementation)
+    batch = two_prompts(vlm, image)
+    places = vlm.anatomy.places
+    asked = {"all": sites.attention("all", "all", sorted(places["attention"]), label="all")}
+    if "cross_attention" in places:
+        asked["cross"] = sites.cross_attention("all", layers=sorted(places["cross_attention"]), label="cross")
+    with vlm.trace(*asked.values()) as trace:
+        generation = vlm.generate(batch, max_new_tokens=6)
+    with vlm.trace(*asked.values()) as whole:
+        vlm.forward(generation.teacher_forced())
+    compared = 0
+    for row, prompt in enumerate(batch.attention_mask.sum(dim=1).tolist()):
+        for number in range(1, len(generation.tokens[row])):
+            seen = prompt + number
+            for label, site in asked.items():
+                for layer in site.layers:
+                    mine = trace.steps[number][label][layer][row, :, 0]
+                    reference = whole[label][layer][row, :, seen - 1]
+                    width = min(seen, mine.shape[1]) if label == "all" else mine.shape[1]
+                    assert mine.shape[1] >= (seen if label == "all" else 1)
+                    torch.testing.assert_close(mine[:, :width], reference[:, :width], rtol=1e-3, atol=1e-5)
+                    compared += 1
+    assert compared >= 10
+
+
+# -- other facts ------------------------------------------------------------------------------------------------------
+
+
+def test_in_bf16_rows_are_those_of_eager_to_a_rounding(image):
+    """Both round q k^T to bf16; eager also rounds after scaling, so that a score of 8 may differ by 0.03."""
+    vlm = again(BUILDERS["llava"]())
+    vlm.model.to(torch.bfloat16)
+    batch = two_prompts(vlm, image)
+    wanted = own_weights(vlm, batch)
+    modules = attention_modules(vlm.model)
+    observers = {name: Collect() for name in modules}
+    with observed({module: [observers[name]] for name, module in modules.items()}):
+        run(vlm, batch)
+    for name, calls in wanted.items():
+        mine = observers[name].forwards[0][0]
+        assert mine.dtype == torch.bfloat16
+        seen = sees_something(mine, batch)
+        torch.testing.assert_close(mine.float() * seen, calls[0].float() * seen, rtol=0.1, atol=0.02)
+
+
+def test_qwens_tower_makes_one_call_per_image(image):
+    vlm = BUILDERS["qwen2_vl"]()
+    batch = two_prompts(vlm, image)
+    module = vlm.model.get_submodule(vlm.anatomy.place("vision_attention", 0).path)
+    collected = Collect()
+    with observed({module: [collected]}):
+        run(vlm, batch)
+        run(vlm, batch)
+    assert collected.numbers == [0, 1, 0, 1]
+    assert [len(calls) for calls in collected.forwards] == [2, 2, 0]
+
+
+def under_observation(vlm):
+    return observed({vlm.model.get_submodule(vlm.anatomy.place("attention", 0).path): [Collect()]})
+
+
+@pytest.mark.parametrize("name", ["flex_attention", "paged|eager", "my_attention"])
+def test_an_implementation_that_cannot_be_tapped_is_refused(name, llava, image, monkeypatch):
+    text = llava.model.config.text_config
+    monkeypatch.setattr(text, "_attn_implementation_internal", name)
+    with (
+        pytest.raises(UnsupportedError, match=f"runs attention by {re.escape(name)}, .*attn_implementation='sdpa'"),
+        under_observation(llava),
+    ):
+        pass
+    assert text._attn_implementation == name
+    assert not _held
+    assert not _observers
+
+
+def test_the_vision_tower_may_run_what_cannot_be_tapped_when_only_text_is_recorded(llava, image, monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "my_attention", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    monkeypatch.setattr(llava.model.config.vision_config, "_attn_implementation_internal", "my_attention")
+    batch = two_prompts(llava, image)
+    with llava.trace(sites.attention()) as trace:
+        llava.forward(batch)
+    assert trace["attention"][0].shape[0] == 2
+
+
+@pytest.mark.parametrize("option", ["s_aux", "position_bias"])
+def test_what_sdpa_rows_do_not_take_into_account_is_refused(option, llava):
+    module = llava.model.get_submodule(llava.anatomy.place("attention", 0).path)
+    states = torch.randn(1, 4, 6, 8)
+    with under_observation(llava), pytest.raises(UnsupportedError, match=rf"\({option}\).*'eager'"):
+        ALL_ATTENTION_FUNCTIONS["slitlamp_sdpa"](
+            module, states, states, states, None, **{option: torch.zeros(1, 4, 6, 6)}
+        )
+
+
+def test_a_module_that_bypasses_the_interface_is_found_when_it_runs(llava, image, monkeypatch):
+    vlm = again(llava)
+    module = vlm.model.get_submodule(vlm.anatomy.place("attention", 1).path)
+    monkeypatch.setattr(module, "forward", lambda hidden_states, **kwargs: (hidden_states, None))
+    batch = two_prompts(vlm, image)
+    with vlm.trace(sites.attention()), pytest.raises(UnsupportedError, match="LlamaAttention did not call"):
+        vlm.forward(batch)
+
+
+def test_an_eager_function_whose_rows_are_not_its_own_is_refused():
+    def eager_attention_forward(module, query, key, value, attention_mask, positions, **kwargs): ...
+
+    space = {"eager_attention_forward": eager_attention_forward}
+    exec("def forward(self):\n    return eager_attention_forward", space)
+    odd = type("Odd", (torch.nn.Module,), {"forward": space["forward"]})
+    with pytest.raises(UnsupportedError, match="eager attention of Odd takes positions"):
+        _own_eager(odd)
+    with pytest.raises(UnsupportedError, match="Linear does not say which eager attention"):
+        _own_eager(torch.nn.Linear)
+
+
+def test_what_the_tap_replaces_comes_back_after_nesting_and_exceptions(llava):
+    text, vision = llava.model.config.text_config, llava.model.config.vision_config
+    module = llava.model.get_submodule(llava.anatomy.place("attention", 0).path)
+    before = text._attn_implementation, vision._attn_implementation
+
+    def nested():
+        assert (text._attn_implementation, vision._attn_implementation) == ("slitlamp_sdpa", before[1])
+        with under_observation(llava):
+            assert len(_observers[module].observers) == 2
+        assert len(_observers[module].observers) == 1
+        assert text._attn_implementation == "slitlamp_sdpa"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), under_observation(llava):
+        nested()
+    assert (text._attn_implementation, vision._attn_implementation) == before
+    assert not _held
+    assert not _observers
+    assert not module._forward_hooks
+
+
+def test_two_models_may_share_a_configuration(llava):
+    other = VLM.wrap(type(llava.model)(llava.model.config).eval(), llava.processor)
+    text = llava.model.config.text_config
+    assert other.model.config.text_config is text
+    outer, inner = under_observation(llava), under_observation(other)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)  # not in the order of a stack, as threads do
+    assert text._attn_implementation == "slitlamp_sdpa"
+    inner.__exit__(None, None, None)
+    assert text._attn_implementation == "sdpa"
