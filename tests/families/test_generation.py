@@ -110,8 +110,8 @@ def test_a_row_alone_has_the_states_that_it_has_in_a_batch(setting):
         assert batch.length == prompts[row]
         with vlm.trace(*wanted) as one:
             vlm.forward(batch)
-        for layer in range(vlm.anatomy.n_layers):
-            for label in ("resid_post", "q", "mlp_post"):
+        for label in ("resid_post", "q", "mlp_post"):
+            for layer in vlm.anatomy.layers(label):
                 close(many[label][layer][row, : batch.length], one[label][layer][0])
         for layer in vlm.anatomy.layers("attention"):
             close(many["attention"][layer][row, :, : batch.length, : batch.length], one["attention"][layer][0], 4e-5)
