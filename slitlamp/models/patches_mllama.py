@@ -87,6 +87,9 @@ def _product(shape: tuple[int, int]) -> int:
 def mllama_unpack(config: PreTrainedConfig, inputs: Mapping[str, Any], merged: bool) -> list[Tensor]:
     """Of every real tile its CLS token and patches, in the sequences [image, tiles x padded patches] of the tower, or in
     what the projector gives, [batch, image, tile, patch]; both with all axes before the width as one.
+
+    The tower's attention runs over all tiles of an image, and masks padding only where padding looks at padding: weights
+    within a tile, which is what this leaves of it, sum to less than 1.
     """
     length = _side(config) ** 2 + 1
     padded = length if merged else -(-length // _PATCHES_PADDED_TO) * _PATCHES_PADDED_TO

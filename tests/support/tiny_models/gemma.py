@@ -71,7 +71,7 @@ def build_gemma3(seed: int = 0) -> VLM:
     special = (*named.values(), "\n", "\n\n")
     tokenizer = tiny_tokenizer(special, extra_special_tokens=named)
     text = Gemma3TextConfig(
-        **text_sizes(special, head_dim=8),
+        **text_sizes(special, head_dim=12),  # heads wider together than the model
         query_pre_attn_scalar=8,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
