@@ -36,7 +36,7 @@ lint: .venv/.dev
 	$(BIN)/lint-imports
 
 bench: .venv/.package
-	@found=; for script in benchmarks/*.py; do \
+	@found=; for script in benchmarks/[!_]*.py; do \
 	  [ -e "$$script" ] || continue; found=1; echo "== $$script"; $(BIN)/python "$$script"; \
 	done; [ -n "$$found" ] || echo "There are no benchmarks yet (benchmarks/*.py)."
 
