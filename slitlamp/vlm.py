@@ -150,7 +150,8 @@ class VLM:
     @property
     def end_tokens(self) -> tuple[int, ...]:
         """The ids that end a generation."""
-        ends = self.model.generation_config.eos_token_id
+        generator: Any = self.model.get_submodule(self.anatomy.modules["generator"])
+        ends = generator.generation_config.eos_token_id
         if ends is None:
             ends = self.tokenizer.eos_token_id
         return () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)

@@ -30,7 +30,8 @@ class Anatomy:
         has_cls: whether the vision tower's first token is a CLS token.
         image_token_id: the id that marks image positions in `input_ids`.
         blocks, vision_blocks: module paths of every block.
-        modules: the other module paths by role: `decoder`, `final_norm`, `head`, `vision_tower`, `projector`.
+        modules: the other module paths by role: `decoder`, `final_norm`, `head`, `vision_tower`, `projector`,
+            and `generator`, whose `generate` makes the tokens.
         places: site -> layer -> where its values pass.
         attention_types: per layer, the kind of attention: `full_attention`, `sliding_attention`, `chunked_attention`,
             `cross_attention`.
@@ -169,6 +170,7 @@ def read_anatomy(model: PreTrainedModel) -> Anatomy:
         "head": _first(model, family.head, "head", family.name),
         "vision_tower": family.vision_tower,
         "projector": family.projector,
+        "generator": family.generator,
     }
     for role, path in modules.items():
         _module(model, path, role, family.name)
@@ -184,7 +186,7 @@ def read_anatomy(model: PreTrainedModel) -> Anatomy:
         for site, place in kind.places(block, vision_heads, vision_heads).items():
             places.setdefault(f"vision_{site}", {})[layer] = place
     places["projector_out"] = {0: Place(family.projector)}
-    places["logits"] = {0: Place("")}
+    places["logits"] = {0: Place(family.generator)}
     d_head = int(getattr(text, "head_dim", None) or text.hidden_size // n_heads)
     _check_places(model, places, family.name, {"z": n_heads * d_head, "vision_z": vision_width})
 

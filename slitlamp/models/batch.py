@@ -37,6 +37,7 @@ class Batch:
         frames: for pixels given as patches, how many times each has the same pixels (Qwen-VL: an image is a film of 2
             frames).
         deepstack_layers: see `Anatomy.deepstack_layers`.
+        always_pixels: whether the model must be given pixels also where no row has an image; nothing comes of them.
         pad_token_id: the id at padding positions.
         image_token_id: the id at image positions.
     """
@@ -56,6 +57,7 @@ class Batch:
     cross_mask: Tensor | None = None
     frames: int = 1
     deepstack_layers: tuple[int, ...] = ()
+    always_pixels: bool = False
 
     @property
     def size(self) -> int:
@@ -176,7 +178,15 @@ class Batch:
 
     def without_images(self) -> Batch:
         """The same prompts with every image token deleted: shorter rows, no pixels (the image-free input of VHD)."""
-        return replace(self.without_images_of([True] * self.size, {}), cross_mask=None)
+        extra = {name: value[:1] for name, value in self.extra.items()} if self.always_pixels else {}
+        return replace(self.without_images_of([True] * self.size, extra), cross_mask=None)
+
+    def padded_left(self) -> Batch:
+        """The batch with its padding before every row, wherever it was."""
+        real = self.real_mask
+        if bool((real[:, 1:] >= real[:, :-1]).all()):
+            return self
+        return self._repacked([(kept, ()) for kept in self._positions(real)])
 
     def without_images_of(self, rows: Sequence[bool], extra: dict[str, Any]) -> Batch:
         """The batch with every image token of some rows deleted.

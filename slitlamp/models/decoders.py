@@ -50,6 +50,27 @@ GEMMA2 = replace(
     LLAMA, attn_out="post_attention_layernorm", ln2="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm"
 )
 
+COHERE = replace(LLAMA, ln2=None)  # attention and MLP side by side
+_OPT = replace(
+    LLAMA,
+    out_proj="self_attn.out_proj",
+    ln1="self_attn_layer_norm",
+    ln2="final_layer_norm",
+    mlp_in="fc1",
+    mlp_down="fc2",
+    mlp_out="fc2",
+)
+
+
+def _opt_block(config: PreTrainedConfig, layer: int) -> Block:
+    if not config.do_layer_norm_before:
+        raise UnsupportedError(
+            "this OPT has its norms after attention and MLP (do_layer_norm_before=False, as opt-350m), so that no sum of "
+            "parts is its residual stream; use another size of OPT"
+        )
+    return _OPT
+
+
 _MLLAMA_CROSS = replace(
     LLAMA,
     attention="cross_attn",
@@ -73,11 +94,14 @@ DECODERS: dict[str, Decoder] = {
     "mistral": Decoder(LLAMA),
     "qwen2": Decoder(LLAMA),
     "qwen3": Decoder(LLAMA),
+    "cohere": Decoder(COHERE),
+    "cohere2": Decoder(COHERE),
     "gemma": Decoder(LLAMA),
     "gemma2": Decoder(GEMMA2),
     "gemma3_text": Decoder(GEMMA2),
     "ministral3": Decoder(LLAMA),
     "mllama_text_model": Decoder(_mllama_block),
+    "opt": Decoder(_opt_block, final_norm="final_layer_norm"),
     "qwen2_vl_text": Decoder(LLAMA),
     "qwen2_5_vl_text": Decoder(LLAMA),
     "qwen3_vl_text": Decoder(LLAMA),
@@ -88,9 +112,14 @@ def decoder_of(config: PreTrainedConfig) -> Decoder:
     """The entry of a text decoder, from its configuration.
 
     Raises:
-        UnsupportedError: no entry for this type of decoder.
+        UnsupportedError: no entry for this type of decoder, or an encoder-decoder.
     """
     model_type = str(getattr(config, "model_type", "?"))
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"the text model {model_type!r} is an encoder-decoder, whose answer is not a continuation of the prompt; slitlamp "
+            "reads models whose text model is a decoder alone"
+        )
     if model_type in DECODERS:
         return DECODERS[model_type]
     close = nearest(model_type, DECODERS) or sorted(DECODERS)

@@ -13,6 +13,7 @@ from torch import Tensor
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
+from slitlamp.models.families import Family
 from slitlamp.models.images import load_image, per_prompt
 from slitlamp.models.patches import Patches
 
@@ -77,6 +78,7 @@ def encode(
         raise InputError(
             "chat=True, but this processor has no chat template; pass chat=False and put the placeholders yourself"
         )
+    _check_images(loaded, texts, processor, family)
     given = loaded if family.text_only else [row_images or [_blank()] for row_images in loaded]
     rows = []
     for row, (text, row_images) in enumerate(zip(texts, loaded, strict=True)):
@@ -94,7 +96,10 @@ def encode(
     processed = _process(processor, rows, given, per_prompt=family.images == "per prompt")
     input_ids: Tensor = processed["input_ids"]
     image_mask = input_ids == anatomy.image_token_id
-    patches = _patches(config, anatomy, processed, [len(row_images) for row_images in given])
+    cut = (
+        [] if family.tiles is None else [family.tiles(processor, image) for row_images in given for image in row_images]
+    )
+    patches = _patches(config, anatomy, {**processed, "tile_grids": cut}, [len(row_images) for row_images in given])
     for row, found in enumerate(image_mask.sum(dim=1).tolist()):
         if family.cross is None and found != len(patches[row]):
             raise UnsupportedError(
@@ -104,6 +109,8 @@ def encode(
             )
     cross_mask = None if family.cross is None else family.cross(config, processed)
     inputs = {name: _to(value, device, dtype) for name, value in processed.items() if name not in family.unused}
+    for name, its_mask in family.own_tokens.items():
+        inputs[name], inputs[its_mask] = _padded_right(inputs[name], inputs[its_mask])
     aligned = {name: inputs.pop(name) for name in family.aligned if name in inputs}
     ids_, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
     pad = processor.tokenizer.pad_token_id
@@ -123,8 +130,28 @@ def encode(
         cross_mask=None if cross_mask is None else cross_mask.to(device),
         frames=int(getattr(config.vision_config, "temporal_patch_size", None) or 1),
         deepstack_layers=anatomy.deepstack_layers,
-    )
+        always_pixels=family.always_pixels,
+    ).padded_left()
     return batch if given is loaded else _without_blanks(batch)
+
+
+def _check_images(images: list[list[Image]], texts: list[str], processor: Any, family: Family) -> None:
+    for row, (row_images, text) in enumerate(zip(images, texts, strict=True)):
+        if family.max_images is not None and len(row_images) > family.max_images:
+            raise InputError(
+                f"prompt {row}: {len(row_images)} images; {family.name} takes {family.max_images} per prompt"
+            )
+        if family.placeholder is None and str(processor.image_token) in text:
+            raise InputError(
+                f"prompt {row}: found the image token {str(processor.image_token)!r}; {family.name} puts the image before the "
+                "prompt by itself, so leave it out"
+            )
+
+
+def _padded_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [row, position] and their mask, with the padding moved to the end of every row."""
+    order = torch.argsort(mask, dim=1, descending=True, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
 
 
 def _blank() -> Image:

@@ -11,15 +11,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from PIL.Image import Image
 from torch import Tensor
 
 from slitlamp.errors import UnsupportedError, nearest
 from slitlamp.models.patches import Patches, llava_next_patches
 from slitlamp.models.patches_gemma import gemma3_patches, paligemma_patches
 from slitlamp.models.patches_idefics import idefics3_patches
+from slitlamp.models.patches_llava import llava_onevision_patches, vipllava_patches
 from slitlamp.models.patches_mllama import mllama_cross_keys, mllama_patches
 from slitlamp.models.patches_pixtral import llava_tower_patches, pixtral_patches
+from slitlamp.models.patches_qformer import qformer_patches
 from slitlamp.models.patches_qwen import qwen_patches
+from slitlamp.models.patches_tiles import aya_vision_patches, canvas_grid, internvl_patches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -31,6 +35,10 @@ in the order of its tokens."""
 CrossRule = Callable[["PreTrainedConfig", Mapping[str, Any]], Tensor | None]
 """(model config, inputs of the model) -> bool [batch, key]: which keys of cross-attention stand for tokens of an image;
 None for a batch without images."""
+
+
+TileRule = Callable[[Any, Image], tuple[int, int]]
+"""(processor, image) -> rows and columns of the tiles into which the processor cuts the image."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,21 @@ class Family:
             that put image tokens before every prompt by themselves.
         around: what the model expects before and after a placeholder; put there where the prompt lacks it.
         images: whether the processor takes all images of a batch in one list, or one list per prompt.
+        max_images: how many images a prompt may have; None for any number.
+        tiles: for processors whose output does not say how they cut an image: given to `patches` as `tile_grids`.
         first_position: the position id of a row's first token; None where the model counts positions by itself.
         aligned: inputs of the model that run along the positions besides the ids, [batch, position, ...], each with its
             value at generated tokens: a number, or "last" for that of the token before.
         images_first: whether the images stand before the prompt wherever it has no placeholders.
         text_only: whether the processor takes prompts without an image. Where it does not, such a prompt is processed with
             a blank image, whose tokens and pixels are taken out again.
+        always_pixels: whether the model runs its tower also where no prompt has an image, and must be given pixels then,
+            of which nothing comes.
+        own_tokens: inputs of tokens that are read by another part than the decoder -> their masks. Their padding comes
+            last, since that part counts positions from the first.
         unused: what the processor returns and the model is not to get.
+        generator: path of the module whose `generate` makes the tokens; "" for the model. A forward call of a generation is
+            a call of it.
         kept: attributes that the model writes into itself as it runs; after a run they are what they were.
         cross: for families whose decoder reads the image by cross-attention.
         notes: what else is particular about it, in words.
@@ -74,12 +90,17 @@ class Family:
     placeholder: str | None = "image_token"
     around: tuple[str, str] = ("", "")
     images: Literal["flat", "per prompt"] = "flat"
+    max_images: int | None = None
+    tiles: TileRule | None = None
     first_position: int | None = 0
     aligned: Mapping[str, int | Literal["last"]] = field(default_factory=dict)
     images_first: bool = False
     text_only: bool = True
+    always_pixels: bool = False
+    own_tokens: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    generator: str = ""
     cross: CrossRule | None = None
     notes: str = ""
 
@@ -98,6 +119,67 @@ FAMILIES: dict[str, Family] = {
             model_type="llava_next",
             patches=llava_next_patches,
             image_tokens="the whole image, then its tiles as one grid with a newline token after each row",
+        ),
+        Family(
+            name="LLaVA-OneVision",
+            model_type="llava_onevision",
+            patches=llava_onevision_patches,
+            image_tokens="as LLaVA-NeXT, shrunk where there are many tiles; each of several images of a prompt: the whole image "
+            "and one newline token",
+            images="per prompt",
+            notes="no video",
+        ),
+        Family(
+            name="VipLLaVA",
+            model_type="vipllava",
+            patches=vipllava_patches,
+            image_tokens="one grid per image",
+            notes="the projector reads several layers of the tower",
+        ),
+        *(
+            Family(
+                name=name,
+                model_type=model_type,
+                patches=qformer_patches,
+                image_tokens="the queries of a Q-Former, before the prompt, which have no place on the image",
+                decoder=("language_model.model.decoder", "language_model.model"),
+                head=("language_model.lm_head",),
+                vision_tower="vision_model",
+                projector="language_projection",
+                placeholder=None,
+                max_images=1,
+                text_only=False,
+                always_pixels=True,
+                own_tokens=own_tokens,
+                generator="language_model",
+                notes="one image per prompt; decoders that are not part of an encoder-decoder (no T5); no sites in the Q-Former"
+                + notes,
+            )
+            for name, model_type, own_tokens, notes in (
+                ("BLIP-2", "blip-2", {}, ""),
+                (
+                    "InstructBLIP",
+                    "instructblip",
+                    {"qformer_input_ids": "qformer_attention_mask"},
+                    ", which reads the prompt too",
+                ),
+            )
+        ),
+        Family(
+            name="InternVL",
+            model_type="internvl",
+            patches=internvl_patches,
+            image_tokens="tiles row by row, then the whole image; 1 token for a square of patches",
+            tiles=canvas_grid,
+            notes="no video",
+        ),
+        Family(
+            name="Aya Vision",
+            model_type="aya_vision",
+            patches=aya_vision_patches,
+            image_tokens="tiles row by row, then the whole image, each after a text token; 1 token for a square of patches",
+            tiles=canvas_grid,
+            notes="attention and MLP side by side: no `resid_mid`, no `ln2`",
         ),
         *(
             Family(

@@ -87,12 +87,31 @@ _QWEN2 = Block(
 )
 _QWEN2_5 = replace(_QWEN2, mlp_in="mlp.gate_proj", mlp_down="mlp.down_proj")
 _QWEN3 = replace(_QWEN2, mlp_in="mlp.linear_fc1", mlp_down="mlp.linear_fc2")
+_BLIP = replace(CLIP, q=None, k=None, v=None, qkv="self_attn.qkv", out_proj="self_attn.projection")
+_INTERNVL = Block(
+    attention="attention",
+    q="attention.q_proj",
+    k="attention.k_proj",
+    v="attention.v_proj",
+    out_proj="attention.projection_layer",
+    attn_out="attention",
+    attn_gate="lambda_1",
+    ln1="layernorm_before",
+    ln2="layernorm_after",
+    mlp_in="mlp.fc1",
+    mlp_down="mlp.fc2",
+    mlp_out="mlp",
+    mlp_gate="lambda_2",
+)
 _QWEN_SIZES = ("depth", "num_heads", "hidden_size")
 _CLIP_BLOCKS = ("encoder.layers", "vision_model.encoder.layers")
 
 VISION_TOWERS: dict[str, VisionTower] = {
     "clip_vision_model": VisionTower(_CLIP_BLOCKS, CLIP, has_cls=True),
     "siglip_vision_model": VisionTower(_CLIP_BLOCKS, CLIP, has_cls=False),
+    "blip_2_vision_model": VisionTower(("encoder.layers",), _BLIP, has_cls=True),
+    "instructblip_vision_model": VisionTower(("encoder.layers",), _BLIP, has_cls=True),
+    "internvl_vision": VisionTower(("encoder.layer",), _INTERNVL, has_cls=True),
     "idefics3_vision": VisionTower(("encoder.layers",), CLIP, has_cls=False),
     "smolvlm_vision": VisionTower(("encoder.layers",), CLIP, has_cls=False),
     "pixtral": VisionTower(("transformer.layers",), _PIXTRAL, has_cls=False, unpack=pixtral_unpack),

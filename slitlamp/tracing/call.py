@@ -75,17 +75,17 @@ class Calls:
                     f"{site.label}: a position mask of shape {list(positions.shape)} for a batch of shape {list(shape)}"
                 )
 
-    def begin(self, input_ids: Tensor | None) -> None:
-        """A forward call of the whole model starts on these ids [batch, position].
+    def begin(self, inputs: Tensor | None) -> None:
+        """A forward call starts on these ids [batch, position], or embeddings [batch, position, d_model] of the prompt.
 
         Raises:
             UnsupportedError: the call is neither the batch's prefill nor a decode step of one token.
         """
         self.number += 1
         self._cache.clear()
-        shape = None if input_ids is None else tuple(input_ids.shape)
+        shape = None if inputs is None else tuple(inputs.shape[:2])
         expected = tuple(self.batch.input_ids.shape) if self.number == 0 else (self.batch.size, 1)
-        if input_ids is None or shape != expected:
+        if inputs is None or shape != expected:
             raise UnsupportedError(
                 f"forward call {self.number} ran over input ids of shape {shape}, expected {expected}; beam search, "
                 "assisted decoding and chunked prefill cannot be traced or edited"
@@ -94,7 +94,7 @@ class Calls:
             alive = (
                 self._fed[-1] if self._fed else torch.ones(self.batch.size, dtype=torch.bool, device=self.batch.device)
             )
-            ended = (input_ids[:, 0, None] == self.end_tokens[None, :]).any(dim=1)
+            ended = (inputs[:, 0, None] == self.end_tokens[None, :]).any(dim=1)
             self._fed.append(alive & ~ended)
 
     def select(self, positions: Positions) -> Selection | None:

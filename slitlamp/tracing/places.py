@@ -68,6 +68,8 @@ class View:
             values = self.tiles.gather(values.flatten(0, -2))
         elif values.ndim == 2 and self.rows is not None:
             values = values.unflatten(0, (self.rows, -1))
+        elif values.ndim == 4:  # positions as rows and columns
+            values = values.flatten(1, 2)
         if place.third is not None:
             values = values.unflatten(-1, (3, -1))[..., place.third, :]
         if place.heads is not None:

@@ -139,17 +139,22 @@ def session(
     wanted = [recorder for recorder in recorders if recorder.gradients is not None]
     with ExitStack() as stack:
 
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            calls.begin(args[0] if args else kwargs.get("input_ids"))
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [args[0] if args else None, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+            calls.begin(next((one for one in given if one is not None), None))
             for recorder in recorders:
                 recorder.begin()
-            return (args, followed_inputs(model, kwargs)) if wanted else None
+
+        def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return args, followed_inputs(model, kwargs)
 
         if wanted:
             stack.enter_context(torch.enable_grad())
+            stack.callback(model.register_forward_pre_hook(follow, with_kwargs=True, prepend=True).remove)
             stack.callback(model.get_input_embeddings().register_forward_hook(followed_embeddings).remove)
 
-        stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True).remove)
+        generator = model.get_submodule(anatomy.modules["generator"])
+        stack.callback(generator.register_forward_pre_hook(begin, with_kwargs=True, prepend=True).remove)
         for edit in reversed(edits):  # each goes before those registered already
             view = run.view(edit.site, edit.layer)
             if not view.can_be_changed:
@@ -170,6 +175,8 @@ def session(
             recorder.trace.decoding = decoding
             recorder.begin()
             for site in recorder.trace.sites.values():
+                if site.is_vision and not any(batch.images):
+                    continue  # some models run their tower for nothing
                 for layer in site.layers or ():
                     module = run.module(site.name, layer)
                     if site.is_attention:

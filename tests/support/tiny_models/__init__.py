@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from slitlamp.vlm import VLM
-from tiny_models import gemma, idefics, llava, mllama, pixtral, qwen
+from tiny_models import blip, cohere, gemma, idefics, internvl, llava, mllama, pixtral, qwen
 
 BUILDERS: dict[str, Callable[[], VLM]] = {
     **llava.BUILDERS,
+    **blip.BUILDERS,
+    **internvl.BUILDERS,
+    **cohere.BUILDERS,
     **idefics.BUILDERS,
     **gemma.BUILDERS,
     **pixtral.BUILDERS,

@@ -101,6 +101,19 @@ def set_generation(model: Any, special: Sequence[str] = ("<image>",)) -> None:
     model.generation_config.suppress_tokens = [PAD, START, *ids]
 
 
+def without_videos(processor_class: Any) -> Any:
+    """A processor's class that takes no processor of videos, which would need torchvision."""
+
+    class Processor(processor_class):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name != "video_processor":
+                return super().check_argument_for_proper_class(argument_name, argument)
+            return None
+
+    Processor.__name__ = Processor.__qualname__ = processor_class.__name__
+    return Processor
+
+
 def random_image(seed: int, width: int = 20, height: int = 16) -> PIL.Image.Image:
     """An image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from slitlamp.vlm import VLM
-from tiny_models.common import MEAN_STD, set_generation, text_sizes, tiny_tokenizer, token_id
+from tiny_models.common import MEAN_STD, set_generation, text_sizes, tiny_tokenizer, token_id, without_videos
 
 SPECIAL = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 CHAT_TEMPLATE = (
@@ -35,19 +35,6 @@ _VISION: dict[str, Any] = {
     "temporal_patch_size": 2,
     "initializer_range": 0.2,
 }
-
-
-def _without_videos(processor_class: Any) -> Any:
-    """A processor's class that takes no processor of videos, which would need torchvision."""
-
-    class Processor(processor_class):  # type: ignore[misc]
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name != "video_processor":
-                return super().check_argument_for_proper_class(argument_name, argument)
-            return None
-
-    Processor.__name__ = Processor.__qualname__ = processor_class.__name__
-    return Processor
 
 
 def _build(model_class: Any, config_class: Any, processor_class: Any, *, chat: bool, **sizes: Any) -> VLM:
@@ -76,7 +63,7 @@ def _build(model_class: Any, config_class: Any, processor_class: Any, *, chat: b
     )
     tokenizer = tiny_tokenizer(SPECIAL, start=False, bos_token=None)
     template = CHAT_TEMPLATE if chat else None
-    processor = _without_videos(processor_class)(image_processor, tokenizer, None, chat_template=template)
+    processor = without_videos(processor_class)(image_processor, tokenizer, None, chat_template=template)
     return VLM.wrap(model, processor, f"tiny-{config.model_type}")
 
 
