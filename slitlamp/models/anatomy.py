@@ -235,7 +235,8 @@ def _check_places(
 
 
 def _mlp_width(text: PreTrainedConfig) -> int:
-    names = ("intermediate_size", "ffn_dim", "n_inner")
+    # the first is that of Llama 4's layers without experts, whose hidden layer is a site
+    names = ("intermediate_size_mlp", "intermediate_size", "ffn_dim", "n_inner")
     return next(int(getattr(text, name)) for name in names if getattr(text, name, None) is not None)
 
 

@@ -42,8 +42,9 @@ class Block:
         ln1: the norm before attention.
         ln2: the norm before the MLP, which reads the residual stream between the two; None where there is no such
             place (attention and MLP side by side).
-        mlp_in: the projection into the hidden layer (of the gate, for gated MLPs): it gives `mlp_pre`.
-        mlp_down: the projection out of the hidden layer: it takes `mlp_post`.
+        mlp_in: the projection into the hidden layer (of the gate, for gated MLPs): it gives `mlp_pre`. None where there is
+            no one hidden layer (experts).
+        mlp_down: the projection out of the hidden layer: it takes `mlp_post`. None as `mlp_in`.
         attn_out, mlp_out: the modules whose outputs are added to the residual stream: the parts themselves, or the
             norms after them.
         attn_gate, mlp_gate: parameters of the block that multiply those outputs first (`tanh:NAME`: by its tanh).
@@ -54,8 +55,8 @@ class Block:
     out_proj: str
     attn_out: str
     mlp_out: str | None
-    mlp_in: str
-    mlp_down: str
+    mlp_in: str | None
+    mlp_down: str | None
     ln1: str
     ln2: str | None
     q: str | None = None
@@ -80,13 +81,15 @@ class Block:
             "ln1": Place(of(self.ln1)),
             "z": Place(of(self.out_proj), at_input=True, heads=n_heads),
             "attn_out": Place(of(self.attn_out), **_gate(block, self.attn_gate)),
-            "mlp_pre": Place(of(self.mlp_in)),
-            "mlp_post": Place(of(self.mlp_down), at_input=True),
             "cross_attention" if self.cross else "attention": Place(of(self.attention)),
         }
         if self.ln2 is not None:
             found["resid_mid"] = Place(of(self.ln2), at_input=True, read_only=True)
             found["ln2"] = Place(of(self.ln2))
+        if self.mlp_in is not None:
+            found["mlp_pre"] = Place(of(self.mlp_in))
+        if self.mlp_down is not None:
+            found["mlp_post"] = Place(of(self.mlp_down), at_input=True)
         if self.mlp_out is not None:
             found["mlp_out"] = Place(of(self.mlp_out), **_gate(block, self.mlp_gate))
         for third, (name, path) in enumerate((("q", self.q), ("k", self.k), ("v", self.v))):

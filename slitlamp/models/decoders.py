@@ -89,6 +89,16 @@ def _mllama_block(config: PreTrainedConfig, layer: int) -> Block:
     return _MLLAMA_CROSS if layer in config.cross_attention_layers else LLAMA
 
 
+_LLAMA4 = replace(
+    LLAMA, mlp_in="feed_forward.gate_proj", mlp_down="feed_forward.down_proj", mlp_out="feed_forward"
+)
+_LLAMA4_EXPERTS = replace(_LLAMA4, mlp_in=None, mlp_down=None)  # one hidden layer per expert
+
+
+def _llama4_block(config: PreTrainedConfig, layer: int) -> Block:
+    return _LLAMA4_EXPERTS if layer in config.moe_layers else _LLAMA4
+
+
 DECODERS: dict[str, Decoder] = {
     "llama": Decoder(LLAMA),
     "mistral": Decoder(LLAMA),
@@ -100,6 +110,7 @@ DECODERS: dict[str, Decoder] = {
     "gemma2": Decoder(GEMMA2),
     "gemma3_text": Decoder(GEMMA2),
     "ministral3": Decoder(LLAMA),
+    "llama4_text": Decoder(_llama4_block),
     "mllama_text_model": Decoder(_mllama_block),
     "opt": Decoder(_opt_block, final_norm="final_layer_norm"),
     "qwen2_vl_text": Decoder(LLAMA),

@@ -18,6 +18,7 @@ from slitlamp.errors import UnsupportedError, nearest
 from slitlamp.models.patches import Patches, llava_next_patches
 from slitlamp.models.patches_gemma import gemma3_patches, paligemma_patches
 from slitlamp.models.patches_idefics import idefics3_patches
+from slitlamp.models.patches_llama4 import llama4_patches
 from slitlamp.models.patches_llava import llava_onevision_patches, vipllava_patches
 from slitlamp.models.patches_mllama import mllama_cross_keys, mllama_patches
 from slitlamp.models.patches_pixtral import llava_tower_patches, pixtral_patches
@@ -255,6 +256,17 @@ FAMILIES: dict[str, Family] = {
                 ("Qwen2.5-VL", "qwen2_5_vl", "most layers of the tower attend within windows; no video"),
                 ("Qwen3-VL", "qwen3_vl", "DeepStack: the first blocks are followed by features of the tower; no video"),
             )
+        ),
+        Family(
+            name="Llama 4",
+            model_type="llama4",
+            patches=llama4_patches,
+            image_tokens="tiles row by row, a text token after each, then the whole image; 1 token for a square of patches",
+            decoder=("language_model.model",),
+            head=("language_model.lm_head",),
+            vision_tower="vision_model",
+            projector="multi_modal_projector",
+            notes="no `mlp_pre` and `mlp_post` in layers with experts; most layers attend within chunks",
         ),
     )
 }

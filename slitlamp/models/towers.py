@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slitlamp.errors import UnsupportedError, nearest
 from slitlamp.models.blocks import Block
+from slitlamp.models.patches_llama4 import llama4_unpack
 from slitlamp.models.patches_mllama import mllama_unpack
 from slitlamp.models.patches_pixtral import pixtral_unpack
 from slitlamp.models.patches_qwen import qwen2_5_unpack, qwen_unpack
@@ -123,6 +124,7 @@ VISION_TOWERS: dict[str, VisionTower] = {
         more_block=replace(_MLLAMA, attn_gate="tanh:gate_attn", mlp_gate="tanh:gate_ffn"),
         unpack=mllama_unpack,
     ),
+    "llama4_vision_model": VisionTower(("model.layers",), _MLLAMA, has_cls=True, unpack=llama4_unpack),
     "qwen2_vl_vision": VisionTower(
         ("blocks",), _QWEN2, has_cls=False, unpack=qwen_unpack, sizes=("depth", "num_heads", "embed_dim")
     ),

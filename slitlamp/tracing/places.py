@@ -115,10 +115,11 @@ def hook(
     if view.place.at_input:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-            changed = apply(args[0] if args else kwargs["hidden_states"])
+            name = "hidden_states" if "hidden_states" in kwargs else "hidden_state"
+            changed = apply(args[0] if args else kwargs[name])
             if changed is None:
                 return None
-            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, name: changed})
 
         return module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
 

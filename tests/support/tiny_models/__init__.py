@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from slitlamp.vlm import VLM
-from tiny_models import blip, cohere, gemma, idefics, internvl, llava, mllama, pixtral, qwen
+from tiny_models import blip, cohere, gemma, idefics, internvl, llama4, llava, mllama, pixtral, qwen
 
 BUILDERS: dict[str, Callable[[], VLM]] = {
     **llava.BUILDERS,
@@ -22,4 +22,5 @@ BUILDERS: dict[str, Callable[[], VLM]] = {
     **pixtral.BUILDERS,
     **mllama.BUILDERS,
     **qwen.BUILDERS,
+    **llama4.BUILDERS,
 }
