@@ -33,13 +33,12 @@ class Chosen:
     first: int = 0
 
 
-class _Gathered:
+class Gathered:
     """Weights [row, head, query, key] of the chosen positions, put together block by block and reduced on the way."""
 
-    def __init__(self, site: Site, chosen: Chosen, n_heads: int) -> None:
+    def __init__(self, site: Site, chosen: Chosen) -> None:
         self.site = site
         self.queries, self.keys = chosen.queries, chosen.keys
-        self.n_heads = n_heads
         self.present = self.keys.valid
         self.index = self.keys.index
         self.all_keys = self.keys.everything
@@ -100,6 +99,7 @@ class AttentionRecorder:
         store: takes the recording, bool [row, query] of the real queries, and bool [row, key] of the real keys.
         tiles: for a tower that runs over all tiles as one sequence, where each tile is in it.
         has_cls: whether the first position of a tile is a CLS token (with `tiles`).
+        later: takes a call if it can be recorded once the step is over, and says whether it did.
     """
 
     def __init__(
@@ -109,17 +109,21 @@ class AttentionRecorder:
         store: Callable[[Tensor, Tensor, Tensor], None],
         tiles: Callable[[], Tiles | None] | None = None,
         has_cls: bool = False,
+        later: Callable[[AttentionCall], bool] | None = None,
     ) -> None:
         self.site = site
         self.choose = choose
         self.store = store
         self.tiles = tiles
         self.has_cls = has_cls
-        self._gathered: _Gathered | None = None
+        self.later = later
+        self._gathered: Gathered | None = None
         self._done = 0
 
     def see(self, call: AttentionCall) -> None:
         """Take the weights of one call of the attention function."""
+        if self.later is not None and self.later(call):
+            return
         if self.tiles is not None:
             self._see_tiles(call, self.tiles())
             return
@@ -132,7 +136,7 @@ class AttentionRecorder:
         if chosen is None:
             return
         queries, heads = chosen.queries, self.site.heads
-        gathered = self._gathered = _Gathered(self.site, chosen, _heads(call, heads))
+        gathered = self._gathered = Gathered(self.site, chosen)
         block = call.block_rows(heads)
         index = None if queries.everything else queries.index.to(call.query.device)
         for start in range(0, queries.count, block):
@@ -152,7 +156,7 @@ class AttentionRecorder:
                 vision_selection(n_tiles, width, positions, self.has_cls, device, tiles.valid)
                 for positions in (self.site.queries, self.site.keys)
             )
-            self._gathered = _Gathered(self.site, Chosen(queries, keys), _heads(call, self.site.heads))
+            self._gathered = Gathered(self.site, Chosen(queries, keys))
         gathered, queries = self._gathered, self._gathered.queries
         n_rows, length = call.query.shape[0], call.query.shape[2]
         index = tiles.index.to(device) - self._done
@@ -181,7 +185,3 @@ class AttentionRecorder:
         if self.site.reduce_queries is not None:
             valid = valid.any(dim=1, keepdim=True)
         self.store(values, valid, gathered.keys.valid)
-
-
-def _heads(call: AttentionCall, heads: tuple[int, ...] | None) -> int:
-    return int(call.query.shape[1]) if heads is None else len(heads)

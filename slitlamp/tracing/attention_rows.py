@@ -38,6 +38,8 @@ class AttentionCall:
             the weights that the output of this call was made with.
         output, value: [row, query, head, d_head] and [row, kv head, key, d_head]: what the call gave, and the values that
             it weighed; None where a call runs over several sequences in one row.
+        key, mask, scaling: what the weights of a decode step follow from, where they follow from nothing else
+            (`decode_rows`); `key` is None for all other calls.
     """
 
     module: nn.Module
@@ -47,6 +49,14 @@ class AttentionCall:
     weights: Callable[[QueryRows, Sequence[int] | None], Tensor]
     output: Tensor | None = None
     value: Tensor | None = None
+    key: Tensor | None = None
+    mask: Tensor | None = None
+    scaling: float | None = None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Calls of one kind can be computed together."""
+        return (self.query.shape, self.query.device, self.n_keys, self.scaling, id(self.mask))
 
     @property
     def is_cross(self) -> bool:
@@ -201,3 +211,37 @@ def attention_rows(
         return scores.softmax(dim=-1).to(query.dtype)
     weights = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
     return weights.masked_fill_(hidden, 0).to(query.dtype)  # a row that sees nothing: 0, not 0 / 0
+
+
+def decode_rows(calls: Sequence[AttentionCall], heads: Sequence[int] | None) -> Tensor:
+    """Attention weights of one decode step, of several layers at once; the same as `attention_rows` gives for each.
+
+    Args:
+        calls: of one kind, with a `key` each.
+        heads: query heads; None for all.
+
+    Returns:
+        [batch, layer, chosen head, 1, key], in the dtype of the query.
+    """
+    first = calls[0]
+    batch, n_heads, _, width = first.query.shape
+    n_kv_heads = first.key.shape[1]  # type: ignore[union-attr]  # asked for
+    parts = []
+    for call in calls:
+        grouped = call.query.reshape(batch, n_kv_heads, n_heads // n_kv_heads, width)
+        parts.append(grouped @ call.key.transpose(2, 3))  # type: ignore[union-attr]
+    scores = torch.stack(parts, dim=1).view(batch, len(calls), n_heads, 1, -1)
+    if heads is not None:
+        scores = scores[:, :, list(heads)]
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores = scores.mul_(first.scaling if first.scaling is not None else width**-0.5)
+    if first.mask is None:
+        return scores.softmax(dim=-1).to(first.query.dtype)
+    mask = first.mask[:, None, :, :, : scores.shape[-1]]
+    if heads is not None and mask.shape[2] > 1:
+        mask = mask[:, :, list(heads)]
+    hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+    if mask.dtype != torch.bool:
+        scores = scores.add_(mask)
+    weights = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
+    return weights.masked_fill_(hidden, 0).to(first.query.dtype)

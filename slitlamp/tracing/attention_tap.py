@@ -55,8 +55,9 @@ class _Watch:
         weights: Callable[..., Tensor],
         output: Tensor | None = None,
         value: Tensor | None = None,
+        **decoding: Any,
     ) -> None:
-        call = AttentionCall(module, self.calls, query, n_keys, weights, output, value)
+        call = AttentionCall(module, self.calls, query, n_keys, weights, output, value, **decoding)
         self.calls += 1
         with torch.no_grad():
             for observer in self.observers:
@@ -100,7 +101,11 @@ def _tapped_sdpa(
                 is_causal=is_causal,
             )
 
-        watch.see(module, query, key.shape[2], weights, output[0], value)
+        if query.shape[2] == 1:
+            alone = {"key": key, "mask": attention_mask, "scaling": options.get("scaling")}
+            watch.see(module, query, key.shape[2], weights, output[0], value, **alone)
+        else:
+            watch.see(module, query, key.shape[2], weights, output[0], value)
     return output
 
 

@@ -96,7 +96,12 @@ class View:
 
 
 def hook(
-    module: nn.Module, view: View, function: Callable[[Tensor, Tensor], Tensor | None], *, first: bool
+    module: nn.Module,
+    view: View,
+    function: Callable[[Tensor, Tensor], Tensor | None],
+    *,
+    first: bool,
+    later: Callable[[Tensor], bool] | None = None,
 ) -> RemovableHandle:
     """Call a function on the values that pass a place; what it returns, unless None, takes their place.
 
@@ -106,9 +111,12 @@ def hook(
         function: (values [row, position, ...], the tensor that holds them) -> None, or changed values.
         first: put it before hooks that are there already: transformers captures `hidden_states`, from which LLaVA
             takes its image features, by hooks of its own, and an edit must come before them.
+        later: takes the tensor that holds the values if it can be recorded once the step is over, and says whether it did.
     """
 
     def apply(raw: Tensor) -> Tensor | None:
+        if later is not None and later(raw):
+            return None
         changed = function(view.of(raw), raw)
         return None if changed is None else view.back(changed, raw)
 

@@ -14,6 +14,7 @@ from slitlamp.tracing.attention_recorder import AttentionRecorder, Chosen
 from slitlamp.tracing.attention_rows import AttentionCall, Observer, slopes
 from slitlamp.tracing.call import Calls, Selection, vision_selection
 from slitlamp.tracing.gradients import Gradients
+from slitlamp.tracing.late import LateAttention, LateStates
 from slitlamp.tracing.places import Tiles, View
 from slitlamp.tracing.reductions import reduce_axis, take
 from slitlamp.tracing.sites import Positions, Site
@@ -40,6 +41,8 @@ class Recorder:
         self.tiles = tiles
         self.gradients = None if trace.gradient_of is None else Gradients(trace.gradient_of)
         self._of_gradients = None if trace.gradients is None else Recorder(trace.gradients, anatomy, calls, tiles)
+        self._late_states = LateStates(lambda site: calls.select(site.positions), self._store)
+        self._late_attention = LateAttention(self._chosen_attention, self._store_attention)
 
     def begin(self) -> None:
         """A forward call starts. That over the prompt has its step already, for what ran ahead of it (the vision tower)."""
@@ -48,6 +51,11 @@ class Recorder:
         if self._of_gradients is not None:
             self._of_gradients.trace.batch = self.calls.batch
             self._of_gradients.begin()
+
+    def end(self) -> None:
+        """A forward call is over: record what was remembered of it."""
+        self._late_states.end()
+        self._late_attention.end()
 
     def differentiate(self, output: Any, *, keep_graph: bool) -> None:
         """The model has run: record the gradients with respect to what was recorded."""
@@ -75,6 +83,22 @@ class Recorder:
         holds them if gradients are wanted.
         """
         return self._watching(site, layer, self._keeping(site, layer), view)
+
+    def later(self, site: Site, layer: int, view: View) -> Callable[[Tensor], bool] | None:
+        """A function that remembers a tensor that passes a site of states in a decode step, and says whether it did; None
+        for sites whose values cannot wait.
+        """
+        if site.is_vision or self.gradients is not None or not LateStates.can_take(view):
+            return None
+        calls, remember = self.calls, self._late_states.remember
+
+        def take(raw: Tensor) -> bool:
+            if calls.number < 1:
+                return False
+            remember(site, layer, view, raw)
+            return True
+
+        return take
 
     def _watching(
         self, site: Site, layer: int, keep: Callable[[Tensor], None], view: View | None
@@ -158,19 +182,26 @@ class Recorder:
             where, self._attention(site, layer), self._of_gradients._attention(site, layer), self.gradients
         )
 
+    def _store_attention(self, site: Site, layer: int, values: Tensor, valid: Tensor, key_valid: Tensor) -> None:
+        self._store(site, layer, values, valid)
+        self.trace.steps[-1].key_masks.setdefault(site.label, key_valid)
+
     def _attention(self, site: Site, layer: int) -> AttentionRecorder:
         packed = site.is_vision and self.anatomy.tower.unpack is not None
 
-        def store(values: Tensor, valid: Tensor, key_valid: Tensor) -> None:
-            self._store(site, layer, values, valid)
-            self.trace.steps[-1].key_masks.setdefault(site.label, key_valid)
+        def later(call: AttentionCall) -> bool:
+            if call.key is None or self.calls.number < 1:
+                return False
+            self._late_attention.remember(site, layer, call)
+            return True
 
         return AttentionRecorder(
             site,
             partial(self._chosen_attention, site),
-            store,
+            partial(self._store_attention, site, layer),
             tiles=partial(self.tiles, False) if packed else None,
             has_cls=self.anatomy.has_cls,
+            later=None if site.is_vision or self.gradients is not None else later,
         )
 
     def _chosen_attention(self, site: Site, call: AttentionCall) -> Chosen | None:
