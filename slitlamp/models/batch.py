@@ -24,7 +24,9 @@ class Batch:
         attention_mask: int64 [batch, position], 0 at padding.
         image_mask: bool [batch, position], true at image tokens. A mask, never a range: image tokens need not be
             contiguous.
-        patches: per row, the place on its images of every image token, in the order of the tokens.
+        patches: per row, the place on its images of every image token, in the order of the tokens. In families that read
+            the image by cross-attention, of every key that `cross_mask` marks, and not of the tokens that `image_mask`
+            marks in the prompt, which no feature of the image replaces.
         images: per row, its images.
         ids: per row, the item's id.
         n_generated: per row, how many tokens at the end continue the prompt (see `with_continuation`).

@@ -235,7 +235,8 @@ FAMILIES: dict[str, Family] = {
             images="per prompt",
             aligned={"cross_attention_mask": "last"},
             cross=mllama_cross_keys,
-            notes="`attention` in self-attention layers, `cross_attention` in the others, which text without an image skips",
+            notes="`attention` in self-attention layers, `cross_attention` in the others, which text without an image skips; "
+            "tiles of an image see each other, and `vision_attention` gives the weights within a tile",
         ),
         *(
             Family(
