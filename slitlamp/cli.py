@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import slitlamp
-from slitlamp.errors import SlitlampError, unknown
+from slitlamp.errors import InputError, SlitlampError, unknown
 
 if TYPE_CHECKING:
     from slitlamp.experiments import Run
@@ -131,20 +131,65 @@ def _report(run: Run) -> None:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="`organism`, a folder, or a hub id.")] = "organism",
+    model: Annotated[
+        str, typer.Argument(help="`organism`, a folder, a configuration file (.json), or a hub id.")
+    ] = "organism",
     revision: Annotated[str | None, typer.Option(help="Of the hub repository.")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Memory of weights, cache, traces and stores.")] = False,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What is recorded, such as resid_post:image:mean, attention:last:image or z:last:layers=0,4-8; repeatable."
+        ),
+    ] = None,
+    image_size: Annotated[str | None, typer.Option(metavar="WxH", help="Of an image; by default 640x480.")] = None,
+    image_tokens: Annotated[int | None, typer.Option(help="Per item, where no processor says so.")] = None,
+    text_tokens: Annotated[int | None, typer.Option(help="Text tokens of the prompt.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated after it.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of weights and recordings.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Items per batch.")] = 1,
+    gpus: Annotated[int, typer.Option(help="Over how many GPUs the model is spread.")] = 1,
+    items: Annotated[int, typer.Option(help="How many items a store holds.")] = 1,
 ) -> None:
-    """Anatomy, sites and memory of a model, from its configuration alone: no weights are loaded."""
-    from slitlamp.inspection import inspect_model
+    """Anatomy and sites of a model, and what it will take (--estimate), from its configuration alone: no weights are loaded."""
+    from slitlamp.estimates import DEFAULT_SITES
+    from slitlamp.inspection import estimate_model, estimate_sections, inspect_model
 
     _silence_libraries()
-    found = inspect_model(model, revision=revision)
-    for title, rows in found.sections().items():
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    if estimate:
+        found = estimate_sections(
+            estimate_model(
+                model,
+                site or DEFAULT_SITES,
+                revision=revision,
+                image_size=None if image_size is None else _width_and_height(image_size),
+                image_tokens=image_tokens,
+                text_tokens=text_tokens,
+                new_tokens=new_tokens,
+                dtype=dtype,
+                batch=batch,
+                gpus=gpus,
+                items=items,
+            )
+        )
+    else:
+        if site or image_size or image_tokens or text_tokens or new_tokens or (batch, gpus, items) != (1, 1, 1):
+            raise InputError("these options belong to an estimate; add --estimate")
+        found = inspect_model(model, revision=revision).sections()
+    for title, rows in found.items():
+        out.print(Text(title, style="italic"))
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         out.print(table)
         out.print()
+
+
+def _width_and_height(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise InputError(f"--image-size takes width x height in pixels, such as 640x480; found {text!r}")
+    return int(width), int(height)
 
 
 @app.command(name="list")
@@ -152,13 +197,14 @@ def list_names(
     what: Annotated[str, typer.Argument(help="probes, interventions, datasets, families or experiments.")],
 ) -> None:
     """What can be named in a configuration."""
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    for name, text in _listing(what):
-        table.add_row(Text(name, style="bold"), Text(text))
+    columns = ("family", "model_type", "class", "image tokens", "notes") if what == "families" else ()
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), show_header=bool(columns))
+    for name, *texts in _listing(what):
+        table.add_row(Text(name, style="bold"), *map(Text, texts))
     out.print(table)
 
 
-def _listing(what: str) -> Iterator[tuple[str, str]]:
+def _listing(what: str) -> Iterator[tuple[str, ...]]:
     from slitlamp.experiments import places, registry
     from slitlamp.experiments.datasets import dataset_names, load_dataset
 
@@ -173,10 +219,12 @@ def _listing(what: str) -> Iterator[tuple[str, str]]:
             data = load_dataset(name)
             yield name, f"{data.task}: {len(data)} items on {len(data.images)} images"
     elif what == "families":
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+
         from slitlamp.models import FAMILIES
 
         for family in FAMILIES.values():
-            yield family.name, f"model_type {family.model_type!r}"
+            yield family.name, family.model_type, CLASSES[family.model_type], family.image_tokens, family.notes
     elif what == "experiments":
         from slitlamp.experiments import read_config
 

@@ -1,15 +1,29 @@
-"""What a model looks like inside, from its configuration alone."""
+"""What a model looks like inside, and what it will take, from its configuration alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slitlamp.errors import InputError
+from slitlamp.estimates import DEFAULT_SITES, Estimate, estimate
 from slitlamp.experiments.models import organism_seed
 from slitlamp.models import Anatomy, family_of, read_anatomy
 from slitlamp.vlm import ORGANISM_WEIGHTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from slitlamp.tracing.sites import Site
+    from slitlamp.tracing.sizes import ItemSize
+
+Rows = list[tuple[str, str]]
+IMAGE_SIZE = (640, 480)
+"""Width and height of the image of an estimate, in pixels, unless another is given."""
+TEXT_TOKENS = 64
+"""Tokens of text in the prompt of an estimate where there is no processor to count them."""
 
 
 @dataclass(frozen=True)
@@ -21,18 +35,23 @@ class Inspection:
         anatomy: its sizes and module paths.
         n_parameters: of the whole model.
         n_image_tokens: image tokens of one image, where the configuration says so.
+        model: the model on the meta device: shapes, no numbers.
     """
 
     name: str
     anatomy: Anatomy
     n_parameters: int
     n_image_tokens: int | None
+    model: PreTrainedModel
 
-    def sections(self) -> dict[str, list[tuple[str, str]]]:
+    def sections(self) -> dict[str, Rows]:
         """Rows of text by section: anatomy, modules, sites, memory."""
         one = self.anatomy
         cls = "CLS token first" if one.has_cls else "no CLS token"
         kv = "" if one.n_kv_heads == one.n_heads else f" on {one.n_kv_heads} key/value heads"
+        tokens = (
+            "its number depends on the image" if self.n_image_tokens is None else f"{self.n_image_tokens} per image"
+        )
         return {
             f"{self.name} ({one.family.name})": [
                 ("decoder", f"{one.n_layers} layers, {one.n_heads} heads{kv} of {one.d_head}, d_model {one.d_model}"),
@@ -41,10 +60,7 @@ class Inspection:
                     f"{one.n_vision_layers} layers, {one.n_vision_heads} heads, width {one.d_vision}, {cls}",
                 ),
                 ("vocabulary", f"{one.d_vocab} tokens; image token {one.image_token_id}"),
-                (
-                    "image tokens",
-                    "unknown" if self.n_image_tokens is None else f"{self.n_image_tokens} per image or tile",
-                ),
+                ("image tokens", f"{tokens}: {one.family.image_tokens}"),
                 ("parameters", f"{self.n_parameters:,}"),
             ],
             "modules": [
@@ -53,38 +69,38 @@ class Inspection:
                 ("heads come together in", one.out_proj(0)),
                 ("MLP", one.mlp(0)),
                 ("vision blocks", f"{one.vision_blocks[0]} ... {one.vision_blocks[-1]}"),
-                *((role.replace("_", " "), path) for role, path in one.modules.items()),
+                *((role.replace("_", " "), path or "the model itself") for role, path in one.modules.items()),
             ],
-            "sites (per layer; float32 bytes per item)": self._sites(),
+            "sites (numbers per position and layer)": self._sites(),
             "memory of the weights": [
-                (name, _bytes(self.n_parameters * size)) for name, size in (("float32", 4), ("bfloat16, float16", 2))
+                (name, in_bytes(self.n_parameters * size)) for name, size in (("float32", 4), ("bfloat16, float16", 2))
             ],
         }
 
-    def _sites(self) -> list[tuple[str, str]]:
-        from slitlamp.tracing.sites import SITES
+    def _sites(self) -> Rows:
+        from slitlamp.tracing.sites import ATTENTION_SITES, SITES, Site
+        from slitlamp.tracing.sizes import site_width
 
-        one, n = self.anatomy, self.n_image_tokens
-        state = f"[batch, position, {one.d_model}]; {_bytes(4 * one.d_model)} per position"
-        shapes = {
-            "resid_pre": state,
-            "resid_post": state,
-            "mlp_out": state,
-            "z": f"[batch, position, {one.n_heads}, {one.d_head}]; {_bytes(4 * one.n_heads * one.d_head)} per position",
-            "attention": f"[batch, {one.n_heads}, query, key]"
-            + (f"; {_bytes(4 * one.n_heads * n)} per query over the image" if n else ""),
-            "vision_resid_post": f"[tile, position, {one.d_vision}]",
-            "vision_attention": f"[tile, {one.n_vision_heads}, query, key]",
-            "projector_out": f"[tile, position, {one.d_model}]",
-        }
-        return [(name, shapes.get(name, "")) for name in SITES]
+        rows = []
+        for name in SITES:
+            layers = self.anatomy.layers(name)
+            if not layers:
+                continue
+            axes = ", ".join(Site(name, label=name).axes)
+            width = (
+                "" if name in ATTENTION_SITES else f"; {site_width(self.model, self.anatomy, Site(name), layers[0]):,}"
+            )
+            every = (*range(layers[0], layers[-1] + 1),) == layers
+            where = f"layers {layers[0]}-{layers[-1]}" if every else f"layers {', '.join(map(str, layers))}"
+            rows.append((name, f"[{axes}]{width}" + (f"; {where}" if len(layers) > 1 else "")))
+        return rows
 
 
 def inspect_model(name: str, *, revision: str | None = None) -> Inspection:
     """Build a model on torch's meta device (shapes, no numbers) and read its anatomy.
 
     Args:
-        name: `organism`, `organism/seed1`, a folder, or a hub id.
+        name: `organism`, `organism/seed1`, a folder, a configuration file, or a hub id.
         revision: of the hub repository.
 
     Raises:
@@ -107,7 +123,190 @@ def inspect_model(name: str, *, revision: str | None = None) -> Inspection:
         name=name,
         anatomy=read_anatomy(model),
         n_parameters=sum(one.numel() for one in model.parameters()),
-        n_image_tokens=getattr(config, "image_seq_length", None),
+        n_image_tokens=_image_tokens(config),
+        model=model,
+    )
+
+
+def estimate_model(
+    name: str,
+    sites: Sequence[Site | str] = DEFAULT_SITES,
+    *,
+    revision: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    image_tokens: int | None = None,
+    text_tokens: int | None = None,
+    new_tokens: int = 0,
+    dtype: str = "bfloat16",
+    batch: int = 1,
+    gpus: int = 1,
+    items: int = 1,
+) -> Estimate:
+    """What a model, a trace and a store will take, from the configuration alone.
+
+    Args:
+        name: as in `inspect_model`.
+        sites: what is recorded, or texts for `slitlamp.estimates.parse_site`.
+        revision: of the hub repository.
+        image_size: width and height of an image in pixels, from which the processor makes the tokens; by default 640 x 480.
+        image_tokens: image tokens of an item, in place of those that the processor would make.
+        text_tokens: text tokens of the prompt; by default those of a short request, or 64 without a processor.
+        new_tokens: tokens that continue the prompt.
+        dtype: of weights, cache and recordings.
+        batch, gpus, items: as in `slitlamp.estimates.estimate`.
+
+    Raises:
+        InputError, UnsupportedError: no such model or site, or image tokens that neither a processor nor the configuration
+            tells.
+    """
+    import torch
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise InputError(f"dtype must be a floating-point dtype such as bfloat16 or float32; found {dtype!r}")
+    inspected = inspect_model(name, revision=revision)
+    item = _item(inspected, revision, image_size or IMAGE_SIZE, image_tokens, text_tokens, new_tokens)
+    return estimate(inspected.model, inspected.anatomy, item, sites, dtype=kind, batch=batch, gpus=gpus, items=items)
+
+
+def estimate_sections(one: Estimate) -> dict[str, Rows]:
+    """Rows of text by section: weights, item, cache, recordings, GPUs, store."""
+    item, kind = one.item, str(one.dtype).removeprefix("torch.")
+    tiles = f" in {item.tiles} tiles" if item.tiles > 1 else ""
+    read = f", {item.cross_keys} keys of cross-attention" if item.cross_keys else ""
+    new = f", {item.new_tokens} new tokens" if item.new_tokens else ""
+    found = {
+        "weights (tied ones once)": [
+            (str(dtype).removeprefix("torch."), in_bytes(size)) for dtype, size in one.weights.items()
+        ],
+        "one item": [
+            ("positions", f"{item.image_tokens} image tokens{tiles}, {item.text_tokens} text tokens{new}{read}")
+        ],
+        f"cache of keys and values while generating ({kind})": [
+            ("per token", in_bytes(one.cache_per_token)),
+            ("per item", in_bytes(one.cache_per_item)),
+        ],
+        f"recordings of one item ({kind}; float32 where reduced)": [
+            *((label, in_bytes(size)) for label, size in one.recordings.items()),
+            ("together", in_bytes(one.trace)),
+        ],
+        f"memory per GPU, {one.batch} item{'s' if one.batch > 1 else ''} per batch "
+        "(on top: what a block needs while it computes)": _gpu_rows(one),
+    }
+    if one.items > 1:
+        found["store"] = [(f"{one.items:,} items", in_bytes(one.store))]
+    return found
+
+
+def _gpu_rows(one: Estimate) -> Rows:
+    each = one.weights[one.dtype] + one.batch * (one.cache_per_item + one.trace)
+    rows = []
+    if len(one.gpus) > 1:
+        fullest = max(one.gpus, key=lambda share: share.total)
+        text = (
+            f"{in_bytes(fullest.total)} on the fullest: {len(fullest.blocks)} blocks, weights {in_bytes(fullest.weights)}, "
+            f"cache {in_bytes(fullest.cache)}, recordings {in_bytes(fullest.recordings)}"
+        )
+        rows.append((f"one model on {len(one.gpus)} GPUs (device_map)", text))
+    return [*rows, ("a model on every GPU (accelerate launch)", in_bytes(each))]
+
+
+# -- the size of an item ----------------------------------------------------------------------------------------------
+
+
+def _item(
+    inspected: Inspection,
+    revision: str | None,
+    image_size: tuple[int, int],
+    image_tokens: int | None,
+    text_tokens: int | None,
+    new_tokens: int,
+) -> ItemSize:
+    for name, number in (("image_tokens", image_tokens), ("text_tokens", text_tokens), ("new_tokens", new_tokens)):
+        if number is not None and number < 0:
+            raise InputError(f"{name} must be 0 or more, found {number}")
+    why = "another number is given"
+    if image_tokens is None:
+        found = _encoded(inspected, revision, image_size)
+        if not isinstance(found, str):
+            more = 0 if text_tokens is None else text_tokens - found.text_tokens
+            fields = {"text_tokens": found.text_tokens + more, "after_image": max(0, found.after_image + more)}
+            return replace(found, new_tokens=new_tokens, **fields)
+        why, image_tokens = found, inspected.n_image_tokens
+    if image_tokens is None:
+        raise InputError(
+            f"how many image tokens {inspected.name!r} makes of an image depends on its processor, and {why}; give the "
+            "number (--image-tokens)"
+        )
+    return _from_config(inspected, image_tokens, TEXT_TOKENS if text_tokens is None else text_tokens, new_tokens)
+
+
+def _encoded(inspected: Inspection, revision: str | None, image_size: tuple[int, int]) -> ItemSize | str:
+    """The size of a request about a grey image, as the model's processor makes it; or why there is no processor."""
+    import PIL.Image
+    from transformers import AutoProcessor
+
+    from slitlamp.models.encode import encode
+    from slitlamp.tracing.sizes import ItemSize
+
+    if Path(inspected.name).is_file():
+        return "a configuration file has none"
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    try:
+        processor = AutoProcessor.from_pretrained(_place(inspected.name), **options)
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        return f"it cannot be loaded ({str(error).strip().splitlines()[0][:120]})"
+    if not hasattr(processor, "tokenizer"):
+        return "there is none beside the configuration"
+    anatomy, config = inspected.anatomy, inspected.model.config
+    prompt = "Describe this image in detail."
+    if anatomy.family.placeholder is not None and not getattr(processor, "chat_template", None):
+        prompt = f"{getattr(processor, anatomy.family.placeholder)} {prompt}"
+    picture = PIL.Image.new("RGB", image_size, (128, 128, 128))
+    return ItemSize.of(encode(processor, config, anatomy, images=[picture], prompts=[prompt]), anatomy, config)
+
+
+def _image_tokens(config: PreTrainedConfig) -> int | None:
+    """Image tokens of one image, for families that make the same number of each; None where it depends on the image."""
+    if config.model_type == "mllama":
+        return 1
+    for holder in (config, config.get_text_config(decoder=True)):
+        for name in ("image_seq_length", "mm_tokens_per_image", "num_image_tokens", "num_query_tokens"):
+            if config.model_type in _OF_THE_IMAGE:
+                return None
+            if (value := getattr(holder, name, None)) is not None:
+                return int(value)
+    return None
+
+
+_OF_THE_IMAGE = ("llava_next", "llava_onevision", "internvl", "aya_vision", "idefics3", "smolvlm")
+"""Families that cut an image into tiles: what their configuration names is the number per tile."""
+
+
+def _from_config(inspected: Inspection, image_tokens: int, text_tokens: int, new_tokens: int) -> ItemSize:
+    """The size of an item with so many image tokens, as far as the configuration tells it: one tile."""
+    from slitlamp.tracing.sizes import ItemSize, tile_positions
+
+    anatomy, vision = inspected.anatomy, inspected.model.config.vision_config
+    side = getattr(vision, "image_size", None)
+    positions: int | None = None
+    projected: int | None = None
+    cross = 0
+    if merge := getattr(vision, "spatial_merge_size", None):
+        positions, projected = image_tokens * int(merge) ** 2, image_tokens
+    elif side is not None and (anatomy.tower.unpack is None or anatomy.family.cross):
+        height, width = side if isinstance(side, list | tuple) else (side, side)
+        positions = tile_positions(int(height), int(width), vision, anatomy)
+        cross = positions if anatomy.family.cross else 0
+        projected = positions if cross else image_tokens
+    return ItemSize(
+        image_tokens=image_tokens,
+        text_tokens=text_tokens,
+        after_image=text_tokens,
+        new_tokens=new_tokens,
+        tile_positions=positions,
+        projected=projected,
+        cross_keys=cross,
     )
 
 
@@ -121,9 +320,10 @@ def _place(name: str) -> str | Path:
     return folder
 
 
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
+def in_bytes(n: float) -> str:
+    """A number of bytes with three digits and a decimal unit: 1.45 GB is 1,450,000,000 bytes."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 999.5 or unit == "TB":
             break
         n /= 1000
-    return f"{n:.3g} {unit}"
+    return f"{n:.3g} {unit}" if n < 999.5 else f"{n:,.0f} {unit}"
