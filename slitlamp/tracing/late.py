@@ -30,6 +30,7 @@ class _States:
 
     site: Site
     view: View
+    selection: Selection
     raw: dict[int, Tensor] = field(default_factory=dict)
     versions: list[int] = field(default_factory=list)
 
@@ -45,7 +46,7 @@ class LateStates:
     def __init__(self, select: Callable[[Site], Selection | None], store: Store) -> None:
         self._select = select
         self._store = store
-        self._seen: dict[str, _States] = {}
+        self._seen: dict[str, _States | None] = {}
 
     @staticmethod
     def can_take(view: View) -> bool:
@@ -54,9 +55,12 @@ class LateStates:
 
     def remember(self, site: Site, layer: int, view: View, raw: Tensor) -> None:
         """A tensor passes a site."""
-        seen = self._seen.get(site.label)
+        if site.label not in self._seen:
+            selection = self._select(site)
+            self._seen[site.label] = None if selection is None else _States(site, view, selection)
+        seen = self._seen[site.label]
         if seen is None:
-            seen = self._seen[site.label] = _States(site, view)
+            return
         if raw.is_inference():  # its changes are not counted
             raw = raw.clone()
             seen.versions.append(-1)
@@ -68,12 +72,11 @@ class LateStates:
         """The step is over: record."""
         waiting, self._seen = self._seen, {}
         for seen in waiting.values():
-            selection = self._select(seen.site)
-            if selection is not None:
-                self._record(seen, selection)
+            if seen is not None:
+                self._record(seen)
 
-    def _record(self, seen: _States, selection: Selection) -> None:
-        site, view = seen.site, seen.view
+    def _record(self, seen: _States) -> None:
+        site, view, selection = seen.site, seen.view, seen.selection
         for (layer, raw), version in zip(seen.raw.items(), seen.versions, strict=True):
             if version >= 0 and raw._version != version:
                 raise UnsupportedError(
