@@ -31,7 +31,8 @@ def image_free(batch: Batch, how: ImageFree = "deleted", seed: int = 0) -> tuple
 
     Args:
         batch: rows with images.
-        how: "deleted": the image tokens are taken out, so that rows get shorter and positions shift (VHD, Eq. 3);
+        how: "deleted": the image tokens are taken out, so that rows get shorter and positions shift (VHD, Eq. 3); text
+            that a family writes around them (Qwen-VL: `<|vision_start|>`, `<|vision_end|>`; separators of tiles) stays;
             "zero": image embeddings are set to 0 at equal length;
             "mean": each image embedding is replaced by the mean of its row's image embeddings;
             "noise": the pixels are replaced by one Gaussian noise image, the same for all rows; where the tower takes
