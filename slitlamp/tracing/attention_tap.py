@@ -59,9 +59,15 @@ class _Watch:
     ) -> None:
         call = AttentionCall(module, self.calls, query, n_keys, weights, output, value, **decoding)
         self.calls += 1
-        with torch.no_grad():
-            for observer in self.observers:
-                observer.see(call)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                self._show(call)
+        else:
+            self._show(call)
+
+    def _show(self, call: AttentionCall) -> None:
+        for observer in self.observers:
+            observer.see(call)
 
 
 _observers: WeakKeyDictionary[nn.Module, _Watch] = WeakKeyDictionary()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,7 +55,9 @@ class Calls:
         self.end_tokens = torch.tensor(end_tokens, dtype=torch.int64, device=batch.device)
         self.number = -1
         self._fed: list[Tensor] = []
+        self._alive = self._alive_before = (True,) * batch.size
         self._cache: dict[tuple[str, int], Selection | None] = {}
+        self._of_run: dict[object, Selection | None] = {}
 
     @property
     def is_prefill(self) -> bool:
@@ -91,22 +93,35 @@ class Calls:
                 "assisted decoding and chunked prefill cannot be traced or edited"
             )
         if self.number > 0:
-            alive = (
-                self._fed[-1] if self._fed else torch.ones(self.batch.size, dtype=torch.bool, device=self.batch.device)
-            )
-            ended = (inputs[:, 0, None] == self.end_tokens[None, :]).any(dim=1)
-            self._fed.append(alive & ~ended)
+            if len(self.end_tokens):
+                ended = (inputs[:, 0, None] == self.end_tokens[None, :]).any(dim=1).tolist()
+                self._alive = tuple(alive and not over for alive, over in zip(self._alive, ended, strict=True))
+            self._fed.append(self._alive_mask())
+
+    def _alive_mask(self) -> Tensor:
+        """bool [batch], true for rows that have not ended."""
+        if self._fed and self._alive == self._alive_before:
+            return self._fed[-1]
+        self._alive_before = self._alive
+        return torch.tensor(self._alive, dtype=torch.bool, device=self.batch.device)
 
     def select(self, positions: Positions) -> Selection | None:
         """The chosen query positions of the current call; None where no row has any."""
-        key = (
-            "query:" + positions if isinstance(positions, str) else "query:mask",
-            0 if isinstance(positions, str) else id(positions),
-        )
+        if not self.is_prefill:
+            return self._select_decoded(positions)
+        key = _key("query", positions)
         if key not in self._cache:
-            mask = self._prefill_mask(positions) if self.is_prefill else self._decode_mask(positions)
+            mask = self._prefill_mask(positions)
             self._cache[key] = Selection.of(mask) if bool(mask.any()) else None
         return self._cache[key]
+
+    def _select_decoded(self, positions: Positions) -> Selection | None:
+        """The position of a decode step, in the rows that count; the same for all steps in which the same rows do."""
+        key = (*_key("query", positions), self._alive)
+        if key not in self._of_run:
+            mask = self._fed[-1][:, None] & self._counts_generated(positions)
+            self._of_run[key] = Selection.of(mask) if bool(mask.any()) else None
+        return self._of_run[key]
 
     def select_keys(self, positions: Positions) -> Selection | None:
         """The chosen key positions of the current call: those of the prompt and of the tokens fed back so far.
@@ -115,10 +130,13 @@ class Calls:
         """
         if self.is_prefill:
             return self.select(positions)
-        key = (
-            "key:" + positions if isinstance(positions, str) else "key:mask",
-            0 if isinstance(positions, str) else id(positions),
-        )
+        key = _key("key", positions)
+        if isinstance(positions, Tensor) or positions == "image":  # no token that was fed back is among them
+            if key not in self._of_run:
+                mask = self._prefill_mask(positions)
+                of_prompt = Selection.of(mask) if bool(mask.any()) else None
+                self._of_run[key] = None if of_prompt is None else replace(of_prompt, everything=False)
+            return self._of_run[key]
         if key not in self._cache:
             prompt = self._prefill_mask(positions)
             fed = torch.stack(self._fed, dim=1) & self._counts_generated(positions)
@@ -147,15 +165,17 @@ class Calls:
         }
         return masks[positions]()
 
-    def _decode_mask(self, positions: Positions) -> Tensor:
-        return self._fed[-1][:, None] & self._counts_generated(positions)
-
     def _counts_generated(self, positions: Positions) -> Tensor:
         """bool [batch, 1]: whether a token that was fed back is among the positions."""
         if isinstance(positions, str) and positions == "text_after_image":
             return self.batch.image_mask.any(dim=1, keepdim=True)
         counts = isinstance(positions, str) and positions != "image"
         return torch.full((self.batch.size, 1), counts, device=self.batch.device)
+
+
+def _key(kind: str, positions: Positions) -> tuple[str, int]:
+    """By which a selection is remembered."""
+    return (f"{kind}:{positions}", 0) if isinstance(positions, str) else (f"{kind}:mask", id(positions))
 
 
 def vision_selection(
