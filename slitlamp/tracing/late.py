@@ -85,9 +85,9 @@ class LateStates:
                 )
         device = next(iter(seen.raw.values())).device
         with torch.no_grad():
-            taken = torch.stack([one if one.device == device else one.to(device) for one in seen.raw.values()])
-            if taken.ndim == 3:  # [layer, row x position, width]
-                taken = taken.unsqueeze(2)
+            # some modules run over [row x position, width], and those of one model need not agree
+            parts = [one.unsqueeze(1) if one.ndim == 2 else one for one in seen.raw.values()]
+            taken = torch.stack([one if one.device == device else one.to(device) for one in parts])
             if view.place.heads is not None:
                 taken = taken.unflatten(-1, (view.place.heads, -1))
             if site.heads is not None:
