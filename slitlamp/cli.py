@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import slitlamp
@@ -198,7 +198,12 @@ def list_names(
 ) -> None:
     """What can be named in a configuration."""
     columns = ("family", "model_type", "class", "image tokens", "notes") if what == "families" else ()
-    table = Table(*columns, box=None, padding=(0, 2, 0, 0), show_header=bool(columns))
+    table = Table(
+        *(Column(title, overflow="fold") for title in columns),
+        box=None,
+        padding=(0, 2, 0, 0),
+        show_header=bool(columns),
+    )
     for name, *texts in _listing(what):
         table.add_row(Text(name, style="bold"), *map(Text, texts))
     out.print(table)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
+from rich.console import Console
 
 import slitlamp
-from slitlamp.cli import main
+from slitlamp.cli import _listing, main
 from slitlamp.experiments import Experiment, load_run
 from slitlamp.experiments.runner import Runner
 from slitlamp.organism.stages import STAGES
@@ -80,6 +82,45 @@ def test_inspect_needs_no_weights(capsys: pytest.CaptureFixture[str], organism: 
     assert f"{sum(one.numel() for one in organism.model.parameters()):,}" in without
 
 
+def test_an_estimate_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every number that is printed is that of `estimate_model`, for the sites that were asked for."""
+    config = str(ROOT / "docs" / "qwen2_5_vl_72b.json")
+    options = ["--site", "resid_post:image:mean:layers=0-3", "--site", "attention:last:image"]
+    options += ["--image-tokens", "300", "--gpus", "8", "--items", "1000000", "--batch", "2"]
+    assert command("inspect", config, "--estimate", *options) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    attention = 80 * 64 * 300 * 2
+    for text in (
+        "float32 294 GB",
+        "bfloat16 147 GB",
+        "300 image tokens, 64 text tokens",
+        f"per token {80 * 2 * 8 * 128 * 2 / 1000:.3g} kB",
+        "resid_post:image:mean:layers=0-3 131 kB",
+        f"attention:last:image {attention / 1e6:.3g} MB",
+        "one model on 8 GPUs (device_map)",
+        f"1,000,000 items {(attention + 4 * 8192 * 4) / 1e6:.3g} TB",
+    ):
+        assert text in shown, text
+
+
+def test_all_families_are_listed_with_their_classes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slitlamp.models import FAMILIES
+
+    rows = {row[1]: row for row in _listing("families")}
+    assert set(rows) == set(FAMILIES)
+    for model_type, (name, _, cls, tokens, notes) in rows.items():
+        family = FAMILIES[model_type]
+        assert (name, tokens, notes) == (family.name, family.image_tokens, family.notes)
+        assert hasattr(transformers, cls)
+    monkeypatch.setattr("slitlamp.cli.out", Console(width=200))
+    assert command("list", "families") == 0
+    shown = capsys.readouterr().out
+    assert all(title in shown for title in ("family", "model_type", "class", "image tokens"))
+    assert all(row[2] in shown for row in rows.values()), "no class is cut short"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,6 +136,9 @@ def test_inspect_needs_no_weights(capsys: pytest.CaptureFixture[str], organism: 
         (["run", "demo", "--set", "output=/elsewhere/run"], "output: /elsewhere/run lies outside the folders"),
         (["report", "nowhere"], "nowhere is not a run folder"),
         (["inspect", "organism/seed7"], "no embedded model of seed 7"),
+        (["inspect", "organism", "--gpus", "8"], "these options belong to an estimate; add --estimate"),
+        (["inspect", "organism", "--estimate", "--site", "resid_pots"], "unknown site 'resid_pots'; did you mean"),
+        (["inspect", "organism", "--estimate", "--image-size", "64"], "takes width x height in pixels"),
         (["inspect", "."], "cannot read the configuration of '.'"),
         (["train-organism", "--width", "20"], "width must be a positive multiple of 16"),
         (["demo", "--nonsense"], "No such option"),
