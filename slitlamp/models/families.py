@@ -250,12 +250,12 @@ FAMILIES: dict[str, Family] = {
                 first_position=None,
                 aligned={"mm_token_type_ids": 0},
                 kept=("model.rope_deltas",),
-                notes=notes,
+                notes=notes + "no video; the processor needs torchvision",
             )
             for name, model_type, notes in (
-                ("Qwen2-VL", "qwen2_vl", "no video"),
-                ("Qwen2.5-VL", "qwen2_5_vl", "most layers of the tower attend within windows; no video"),
-                ("Qwen3-VL", "qwen3_vl", "DeepStack: the first blocks are followed by features of the tower; no video"),
+                ("Qwen2-VL", "qwen2_vl", ""),
+                ("Qwen2.5-VL", "qwen2_5_vl", "most layers of the tower attend within windows; "),
+                ("Qwen3-VL", "qwen3_vl", "DeepStack: the first blocks are followed by features of the tower; "),
             )
         ),
         Family(
@@ -267,7 +267,8 @@ FAMILIES: dict[str, Family] = {
             head=("language_model.lm_head",),
             vision_tower="vision_model",
             projector="multi_modal_projector",
-            notes="no `mlp_pre` and `mlp_post` in layers with experts; most layers attend within chunks",
+            notes="no `mlp_pre` and `mlp_post` in layers with experts; most layers attend within chunks; the processor needs "
+            "torchvision",
         ),
     )
 }
