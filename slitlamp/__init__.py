@@ -17,11 +17,23 @@ from slitlamp.errors import nearest
 if TYPE_CHECKING:
     from slitlamp.experiments import Experiment, Run, load_dataset, load_run
     from slitlamp.tracing import sites
+    from slitlamp.tracing.store import open_store
+    from slitlamp.tracing.store_writer import StoreOptions
     from slitlamp.vlm import VLM
 
 __version__ = "0.1.0"
 
-__all__ = ["VLM", "Experiment", "Run", "__version__", "load_dataset", "load_run", "sites"]
+__all__ = [
+    "VLM",
+    "Experiment",
+    "Run",
+    "StoreOptions",
+    "__version__",
+    "load_dataset",
+    "load_run",
+    "open_store",
+    "sites",
+]
 
 # Public name -> module, or module and attribute.
 _LAZY = {
@@ -31,6 +43,8 @@ _LAZY = {
     "Run": ("slitlamp.experiments", "Run"),
     "load_dataset": ("slitlamp.experiments", "load_dataset"),
     "load_run": ("slitlamp.experiments", "load_run"),
+    "open_store": ("slitlamp.tracing.store", "open_store"),
+    "StoreOptions": ("slitlamp.tracing.store_writer", "StoreOptions"),
 }
 
 for _name in ("probes", "interventions"):

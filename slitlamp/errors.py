@@ -26,6 +26,14 @@ class RunFolderError(SlitlampError, ValueError):
     """A run folder that cannot be written, or that another configuration made."""
 
 
+class StoreError(SlitlampError, ValueError):
+    """An activation store that cannot be read or written, or that another model or other sites made."""
+
+
+class NonFiniteError(SlitlampError, ArithmeticError):
+    """NaN or infinity among recorded activations."""
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     """The known names that resemble `name` most, best first; empty if none does."""
     return difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
