@@ -89,9 +89,7 @@ def _mllama_block(config: PreTrainedConfig, layer: int) -> Block:
     return _MLLAMA_CROSS if layer in config.cross_attention_layers else LLAMA
 
 
-_LLAMA4 = replace(
-    LLAMA, mlp_in="feed_forward.gate_proj", mlp_down="feed_forward.down_proj", mlp_out="feed_forward"
-)
+_LLAMA4 = replace(LLAMA, mlp_in="feed_forward.gate_proj", mlp_down="feed_forward.down_proj", mlp_out="feed_forward")
 _LLAMA4_EXPERTS = replace(_LLAMA4, mlp_in=None, mlp_down=None)  # one hidden layer per expert
 
 
