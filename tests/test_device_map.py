@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pretend_devices import PretendDevices, dispatch
-from torch import Tensor
+from tiny_models import BUILDERS
+from torch import Tensor, nn
 
 import slitlamp as sl
 from interventions import HeadReinforcement
@@ -146,6 +147,50 @@ def test_a_model_without_numbers_has_no_hash(whole: VLM) -> None:
         model = type(whole.model)(whole.model.config)
     with pytest.raises(UnsupportedError, match="is on the meta device, so this model has no numbers"):
         _ = VLM.wrap(model, whole.processor).weights_hash
+
+
+def pieces(module: nn.Module, disk: set[str], path: str = "") -> Iterator[tuple[str, str]]:
+    """A device map in which these modules are on disk and everything else is not."""
+    below = [one for one in disk if one == path or one.startswith(f"{path}." if path else "")]
+    if path in disk or not below:
+        yield path, "disk" if path in disk else "cpu"
+        return
+    for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        yield f"{path}.{name}".lstrip("."), "cpu"
+    for name, child in module.named_children():
+        yield from pieces(child, disk, f"{path}.{name}".lstrip("."))
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_every_family(name: str, image: Callable[..., Any], tmp_path: Path) -> None:
+    """Every site of every family, with all blocks but the first on disk, those of the vision tower too."""
+    vlm = BUILDERS[name]()
+    vlm.model.save_pretrained(tmp_path / "model")
+    kept = type(vlm.model).from_pretrained(tmp_path / "model")
+    device_map = dict(pieces(vlm.model, {*vlm.anatomy.vision_blocks[1:], *vlm.anatomy.blocks[1:]}))
+    spread = type(vlm.model).from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "off")
+    for one in (kept, spread):
+        one.generation_config = vlm.model.generation_config
+    placeholder = vlm.anatomy.family.placeholder
+    before = "" if placeholder is None else f"{getattr(vlm.processor, placeholder)} "
+    recorded = []
+    for model in (kept, spread):
+        part = VLM.wrap(model.eval(), vlm.processor)
+        batch = part.encode(
+            images=[image(0, 40, 24), image(1, 20, 20)], prompts=[f"{before}is there", f"{before}a dog in"]
+        )
+        sites = [
+            Site(site, queries="all", keys="image" if site == "cross_attention" else "all", label=site)
+            for site in part.anatomy.places
+        ]
+        with part.trace(*sites) as trace:
+            part.forward(batch)
+        values = {(site, layer): one for site in trace.sites for layer, one in trace.record(site).items()}
+        recorded.append((values, part.generate(batch, max_new_tokens=3).tokens, part.weights_hash, part.device))
+    (expected, *facts), (found, *others) = recorded
+    assert others == facts
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 # -- two devices ------------------------------------------------------------------------------------------------------

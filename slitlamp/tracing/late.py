@@ -103,8 +103,8 @@ class LateStates:
                     taken = taken.float()
                 taken = taken if selection.full else taken.masked_fill(dead, torch.nan)
                 taken = taken.squeeze(2)
-            for values, layer in zip(taken.unbind(0), seen.raw, strict=True):
-                self._store(site, layer, values, valid)
+            for values, (layer, raw) in zip(taken.unbind(0), seen.raw.items(), strict=True):
+                self._store(site, layer, values.to(raw.device), valid)  # where the layer's other steps are recorded
 
 
 class LateAttention:
