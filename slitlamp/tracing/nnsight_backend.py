@@ -1,6 +1,6 @@
 """Recording through nnsight instead of hooks: the same sites and the same tensors, here or on a server (NDIF).
 
-What is recorded is chosen and reduced where the model runs (`slitlamp.tracing.nnsight_graph`), so that a server sends what was
+What is recorded is chosen and reduced where the model runs (`slitlamp.tracing.model_side`), so that a server sends what was
 asked for and no more. nnsight changes the modules of the model that it is given; it is given a copy of the modules that
 shares the weights.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
+from slitlamp.models.placement import input_device
 from slitlamp.tracing.attention_recorder import Chosen, Gathered
 from slitlamp.tracing.call import Calls, Selection
 from slitlamp.tracing.places import Tiles, View
@@ -96,7 +97,11 @@ class NNsight:
         recorders = [Recorder(trace, anatomy, calls, tiles) for trace in traces]
         kept = 1 if decoding else int(arguments.get("logits_to_keep", 0)) or batch.length
         wrapped = TransformersModel(
-            _shadow(model), task=TASK, processor=copy.deepcopy(processor), revision=self.revision
+            _shadow(model),
+            task=TASK,
+            processor=copy.deepcopy(processor),
+            revision=self.revision,
+            device=model.device,  # or transformers would move the weights to the first GPU
         )
         plan = [
             (recorder, site, layer, wanted)
@@ -151,7 +156,7 @@ def _interleave(
     Every recording has an invoke of its own over the whole batch, so that the order in which the model reaches their places
     does not matter.
     """
-    from slitlamp.tracing.nnsight_graph import follow
+    from slitlamp.tracing.model_side import follow
 
     whole = method == "generate" or where["remote"] is False
     run = model.generate if method == "generate" else model.trace
@@ -173,8 +178,14 @@ def _check(model: PreTrainedModel, traces: Sequence[Trace], batch: Batch, remote
         trace.admit(batch)
         if trace.gradient_of is not None:
             raise UnsupportedError('gradients are computed with hooks: leave out backend="nnsight"')
-    if remote is False and next(model.parameters()).is_meta:
-        raise InputError("this model has no weights here; run it with vlm.trace(..., backend='nnsight', remote=True)")
+    if remote in (False, "local"):
+        if input_device(model).type == "meta":
+            raise InputError('this model has no weights here; run it with backend="nnsight" and remote=True')
+    elif not model.name_or_path:
+        raise InputError(
+            "a server knows models of the hub by their name, and this one has none; use VLM.remote(name) or "
+            "VLM.from_pretrained(name)"
+        )
 
 
 def _shadow(model: PreTrainedModel) -> PreTrainedModel:
@@ -344,7 +355,7 @@ def _plain(selection: Selection) -> Any:
 
 def _operation(wrapped: Any, path: str) -> str:
     """nnsight's name of the call of the attention function in a module's forward."""
-    from slitlamp.tracing.nnsight_graph import at
+    from slitlamp.tracing.model_side import at
 
     part = at(wrapped, path)
     calls = [name for name in part.source.names if name.startswith("attention_interface_")]
