@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from slitlamp.decoding.generation import Generation, token_spans
 from slitlamp.decoding.intervention import Intervention, RunContext, in_order
-from slitlamp.errors import InputError, UnsupportedError
+from slitlamp.errors import InputError, UnsupportedError, unknown
 from slitlamp.models import Anatomy, Batch, family_of, read_anatomy
 from slitlamp.models.encode import encode
 from slitlamp.models.placement import input_device, weights
 from slitlamp.tracing import Edit, Probe, Site, Trace, check_sites, session
 from slitlamp.tracing.gradients import Scalar
+from slitlamp.tracing.nonfinite import NonFinite, check_policy
 from slitlamp.tracing.probe import Labels
+from slitlamp.tracing.store_writer import StoredTrace, StoreOptions, closing
 from slitlamp.tracing.trace import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from slitlamp.tracing.nnsight_backend import NNsight
+
 ORGANISM_WEIGHTS = Path(__file__).parent / "organism" / "weights"
+
+
+class _InForce(threading.local):
+    """The traces and interventions of one VLM that are open in the present thread; another thread has its own."""
+
+    def __init__(self) -> None:
+        self.traces: list[Trace] = []
+        self.interventions: list[Intervention] = []
 
 
 class VLM:
     """A Hugging Face vision-language model with its processor.
 
     The model is never changed: hooks and edits are attached for the time of one `forward` or `generate` and gone after.
+    Several threads may use one VLM: a trace or an intervention is in force in the thread that opened it, and runs of one
+    VLM wait for each other.
 
     Attributes:
         model: the Hugging Face model.
         processor: its processor.
         name: where it came from.
         anatomy: its sizes and module paths.
+        revision: of the hub repository that it was loaded from; None for the newest.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, name: str) -> None:
@@ -48,8 +64,8 @@ class VLM:
         self.processor = processor
         self.name = name
         self.anatomy: Anatomy = read_anatomy(model)
-        self._traces: list[Trace] = []
-        self._interventions: list[Intervention] = []
+        self.revision: str | None = None
+        self._in_force = _InForce()
         self._lock = threading.RLock()
 
     # -- making one -------------------------------------------------------------------------------------------------
@@ -118,7 +134,37 @@ class VLM:
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub, **options)
         if device is not None:
             model.to(device)  # type: ignore[arg-type]  # its decorator loses the signature
-        return cls(model.eval(), processor, str(name))
+        vlm = cls(model.eval(), processor, str(name))
+        vlm.revision = revision
+        return vlm
+
+    @classmethod
+    def remote(cls, name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> VLM:
+        """A model of the hub without its weights, to be run elsewhere: `vlm.trace(..., backend="nnsight", remote=True)`.
+
+        Its configuration and its processor are loaded, no weights.
+
+        Args:
+            name: hub id, by which the server knows it.
+            revision: of the hub repository.
+            trust_remote_code: whether to run code that the repository brings.
+
+        Raises:
+            UnsupportedError: a family that slitlamp does not know.
+        """
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+        hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if revision is not None:
+            hub["revision"] = revision
+        config = AutoConfig.from_pretrained(name, **hub)
+        family_of(config)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+        model.name_or_path = name
+        vlm = cls(model.eval(), AutoProcessor.from_pretrained(name, **hub), name)
+        vlm.revision = revision
+        return vlm
 
     @classmethod
     def wrap(cls, model: PreTrainedModel, processor: Any, name: str | None = None) -> VLM:
@@ -139,8 +185,9 @@ class VLM:
 
     @property
     def device(self) -> torch.device:
-        """The device that takes the input ids."""
-        return input_device(self.model)
+        """The device that takes the input ids; for a model without weights here, the CPU."""
+        device = input_device(self.model)
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,7 +245,15 @@ class VLM:
         )
 
     @contextmanager
-    def trace(self, *sites: Site, gradient_of: Scalar | None = None) -> Iterator[Trace]:
+    def trace(
+        self,
+        *sites: Site,
+        gradient_of: Scalar | None = None,
+        store: str | Path | StoreOptions | None = None,
+        backend: Literal["hooks", "nnsight"] = "hooks",
+        remote: bool | str = False,
+        nonfinite: NonFinite = "warn",
+    ) -> Iterator[Trace]:
         """Record sites in the one `forward` or `generate` that runs inside.
 
         Args:
@@ -207,20 +262,49 @@ class VLM:
                 to everything recorded are put into `trace.gradients`, for example
                 `lambda output: output.logits[:, -1, yes] - output.logits[:, -1, no]`. One `forward` only; no gradient is
                 left in the model's parameters.
+            store: a folder to which every run inside is written as it ends; the trace then takes any number of runs and holds
+                the last one. `sl.open_store` reads it, `trace.pending(ids)` says what is not in it yet. `sl.StoreOptions` for
+                several writers, the size of shards, and a check of the free space.
+            backend: "hooks" on this model, or "nnsight", which can also run the model elsewhere.
+            remote: with nnsight, where to run: False for here, True for the server that nnsight is configured for, its URL,
+                or "local" for a rehearsal without a server (see docs/nnsight.md).
+            nonfinite: what to do about NaN and infinity among the recordings: "warn" with the site, layer, forward call and
+                item, "raise" with the same, or "keep" them without a look.
 
-        Recording attention runs the model by SDPA for that run, also one that was loaded with eager attention: its answers
-        then differ by rounding.
+        Recording attention leaves the model under the attention implementation that it was loaded with, in eager attention
+        in blocks of query rows. Compiled parts of a model run as plain modules inside a trace. The trace is open in the
+        thread that opened it.
 
         Raises:
             UnknownNameError, InputError: a site that this model does not have.
+            UnsupportedError: attention that cannot be recorded (see `slitlamp.tracing.attention_tap`).
+            NonFiniteError: from the run inside, with `nonfinite="raise"`.
+            StoreError: a store that cannot be written, or that another model or other sites made.
         """
-        trace = Trace(check_sites(sites, self.anatomy), gradient_of)
-        trace.source = Source(self.model, self.anatomy, self.tokenizer)
-        self._traces.append(trace)
-        try:
-            yield trace
-        finally:
-            self._traces.remove(trace)
+        check_policy(nonfinite)
+        checked = check_sites(sites, self.anatomy)
+        trace = Trace(checked, gradient_of) if store is None else self._stored(checked, store, gradient_of)
+        with closing(trace):
+            trace.nonfinite = nonfinite
+            trace.source = Source(self.model, self.anatomy, self.tokenizer)
+            trace.backend = self._backend(backend, remote)
+            self._traces.append(trace)
+            try:
+                yield trace
+            finally:
+                self._traces.remove(trace)
+
+    def _stored(self, sites: list[Site], store: str | Path | StoreOptions, gradient_of: Scalar | None) -> StoredTrace:
+        if gradient_of is not None:
+            raise InputError("gradients are not stored; open a trace without store=... for them")
+        return StoredTrace(
+            sites,
+            store if isinstance(store, StoreOptions) else StoreOptions(store),
+            Source(self.model, self.anatomy, self.tokenizer),
+            name=self.name,
+            weights_sha256=lambda: self.weights_hash,
+            interventions=lambda: [Intervention.describe(one) for one in self._interventions],  # all parameters
+        )
 
     @contextmanager
     def apply(self, *interventions: Intervention) -> Iterator[None]:
@@ -235,11 +319,19 @@ class VLM:
         for one in chosen:
             one.check(self.anatomy)
         before = list(self._interventions)
-        self._interventions = in_order([*before, *chosen])
+        self._in_force.interventions = in_order([*before, *chosen])
         try:
             yield
         finally:
-            self._interventions = before
+            self._in_force.interventions = before
+
+    @property
+    def _traces(self) -> list[Trace]:
+        return self._in_force.traces
+
+    @property
+    def _interventions(self) -> list[Intervention]:
+        return self._in_force.interventions
 
     def _edits(self, batch: Batch) -> list[Edit]:
         context = RunContext(batch=batch, anatomy=self.anatomy, trace=self._extra_pass)
@@ -251,13 +343,16 @@ class VLM:
             self._call(batch, logits_to_keep=_logits_needed(sites))
         return trace
 
-    def _call(self, batch: Batch, **options: Any) -> Any:
+    def _arguments(self, batch: Batch, **options: Any) -> dict[str, Any]:
         first = self.anatomy.family.first_position
         if first is None and batch.image_mask.any():
             positions = None  # the model counts by itself
         else:  # as generate counts them: padding has no place
             positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0) + (first or 0)
-        return self.model(**batch.inputs(), position_ids=positions, use_cache=False, return_dict=True, **options)
+        return {**batch.inputs(), "position_ids": positions, "use_cache": False, "return_dict": True, **options}
+
+    def _call(self, batch: Batch, **options: Any) -> Any:
+        return self.model(**self._arguments(batch, **options))
 
     @contextmanager
     def _putting_back(self) -> Iterator[None]:
@@ -282,6 +377,13 @@ class VLM:
         Returns:
             The Hugging Face model's output.
         """
+        nnsight = self._nnsight()
+        if nnsight is not None:
+            arguments = self._arguments(batch, logits_to_keep=logits_to_keep)
+            with self._lock:
+                return nnsight.run(
+                    self.model, self.processor, self.anatomy, batch, self._open_traces(), "forward", arguments
+                )
         with (
             self._lock,
             self._putting_back(),
@@ -325,11 +427,24 @@ class VLM:
         ends = (ends,) if isinstance(ends, int) else tuple(ends or ())
         if not sample:  # a model's own defaults for sampling would only make transformers warn
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        arguments = {
+            **batch.inputs(),
+            "max_new_tokens": max_new_tokens,
+            "num_beams": 1,
+            "pad_token_id": batch.pad_token_id,
+            "eos_token_id": list(ends) or None,
+            **options,
+        }
+        nnsight = self._nnsight()
+        if nnsight is not None and nnsight.remote is not False and sample:
+            raise UnsupportedError("sampling on a server cannot be repeated: a seed here does not reach it")
         with (
             self._lock,
             self._putting_back(),
             torch.random.fork_rng(enabled=sample),
-            session(
+            contextlib.nullcontext()
+            if nnsight is not None
+            else session(
                 self.model,
                 self.anatomy,
                 batch,
@@ -341,14 +456,19 @@ class VLM:
         ):
             if seed is not None:
                 torch.manual_seed(seed)
-            output = self.model.generate(  # type: ignore[operator]  # typed as a buffer of nn.Module
-                **batch.inputs(),
-                max_new_tokens=max_new_tokens,
-                num_beams=1,
-                pad_token_id=batch.pad_token_id,
-                eos_token_id=list(ends) or None,
-                **options,
-            )
+            if nnsight is None:
+                output = self.model.generate(**arguments)  # type: ignore[operator]  # typed as a buffer of nn.Module
+            else:
+                output = nnsight.run(
+                    self.model,
+                    self.processor,
+                    self.anatomy,
+                    batch,
+                    self._open_traces(),
+                    "generate",
+                    arguments,
+                    end_tokens=ends,
+                )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         return self._generation(batch, sequences[:, batch.length :].tolist(), ends)
 
@@ -380,6 +500,34 @@ class VLM:
             with self._lock, torch.no_grad():
                 trace.views[name] = self._extra_pass(other, sites, edits)
         probe.update(batch, trace, labels)
+
+    def _backend(self, backend: str, remote: bool | str) -> NNsight | None:
+        if backend not in ("hooks", "nnsight"):
+            raise unknown("backend", backend, ("hooks", "nnsight"))
+        if backend == "hooks":
+            if remote is not False:
+                raise InputError('remote needs backend="nnsight"')
+            return None
+        from slitlamp.tracing.nnsight_backend import NNsight
+
+        return NNsight(remote, self.revision)
+
+    def _nnsight(self) -> NNsight | None:
+        """How the open traces want to be recorded through nnsight; None: by hooks.
+
+        Raises:
+            InputError: traces that differ in it, or no weights here.
+            UnsupportedError: interventions in force.
+        """
+        wanted = {trace.backend for trace in self._traces}
+        if len(wanted) > 1:
+            raise InputError("the open traces differ in backend or remote; one run has one")
+        nnsight = wanted.pop() if wanted else None
+        if nnsight is not None and self._interventions:
+            raise UnsupportedError('interventions run with hooks: leave out backend="nnsight"')
+        if nnsight is None and input_device(self.model).type == "meta":
+            raise InputError('this model has no weights here; use vlm.trace(..., backend="nnsight", remote=True)')
+        return nnsight
 
     def _open_traces(self) -> list[Trace]:
         return list(self._traces)

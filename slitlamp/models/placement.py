@@ -31,13 +31,31 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights by name, in order of the names, one at a time, those that accelerate has offloaded included.
+    """The weights by name, in order of the names, one at a time, those that accelerate has offloaded included. What a
+    quantised module has packed comes as its integers and their scales.
 
     Raises:
         UnsupportedError: a weight that is on the meta device and was not put there by accelerate.
     """
-    for name, tensor in sorted(model.state_dict().items()):
-        yield name, tensor.detach() if tensor.device.type != "meta" else _offloaded(model, name, tensor)
+    for name, value in sorted(model.state_dict().items()):
+        for part, tensor in _tensors(name, value):
+            yield part, tensor.detach() if tensor.device.type != "meta" else _offloaded(model, part, tensor)
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that an entry of a state dict is made of; entries that are not tensors hold none."""
+    if isinstance(value, tuple | list):
+        for number, one in enumerate(value):
+            yield from _tensors(f"{name}.{number}", one)
+    elif isinstance(value, Tensor) and value.is_quantized:
+        yield f"{name}.integers", value.int_repr()
+        if value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
+            yield f"{name}.scales", value.q_per_channel_scales()
+            yield f"{name}.zeros", value.q_per_channel_zero_points()
+        else:
+            yield f"{name}.scale", torch.tensor([value.q_scale(), value.q_zero_point()], dtype=torch.float64)
+    elif isinstance(value, Tensor):
+        yield name, value
 
 
 def _offloaded(model: nn.Module, name: str, tensor: Tensor) -> Tensor:

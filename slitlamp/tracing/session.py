@@ -18,6 +18,8 @@ from slitlamp.tracing.attention_rows import Observer
 from slitlamp.tracing.attention_tap import observed
 from slitlamp.tracing.call import Calls
 from slitlamp.tracing.gradients import followed_embeddings, followed_inputs
+from slitlamp.tracing.model_state import check_model, uncompiled
+from slitlamp.tracing.nonfinite import check_finite
 from slitlamp.tracing.places import Tiles, View, hook
 from slitlamp.tracing.recorder import Recorder
 from slitlamp.tracing.site_checks import n_layers_of
@@ -108,14 +110,13 @@ def session(
 
     Raises:
         InputError: a trace that holds a run already, a mask that does not fit the batch, an edit of a layer outside the
-            model or one that changes shape or dtype, or a model in training mode.
-        UnsupportedError: an edit of a site that cannot be edited.
+            model or one that changes shape or dtype, or a model of which a part is in training mode.
+        UnsupportedError: an edit of a site that cannot be edited, or the wrapper that torch.compile(model) returns.
+        NonFiniteError: a trace whose policy is "raise" recorded NaN or infinity.
     """
-    if model.training:
-        raise InputError("the model is in training mode (dropout would change every answer); call model.eval() first")
+    check_model(model)
     for trace in traces:
-        if trace.batch is not None:
-            raise InputError("a trace holds one run; open a new one for the next")
+        trace.admit(batch)
         if trace.gradient_of is not None and decoding:
             raise InputError(
                 "gradients need one forward pass: vlm.forward(batch) or vlm.forward(generation.teacher_forced())"
@@ -138,6 +139,8 @@ def session(
     observers: dict[nn.Module, list[Observer]] = {}
     wanted = [recorder for recorder in recorders if recorder.gradients is not None]
     with ExitStack() as stack:
+        if traces or edits:
+            stack.enter_context(uncompiled(model))
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = [args[0] if args else None, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
@@ -171,8 +174,7 @@ def session(
 
             stack.callback(hook(run.module(edit.site, edit.layer), view, change, first=True).remove)
         for recorder in recorders:
-            recorder.trace.batch = batch
-            recorder.trace.decoding = decoding
+            recorder.trace.start(batch, decoding=decoding)
             recorder.begin()
             for site in recorder.trace.sites.values():
                 if site.is_vision and not any(batch.images):
@@ -185,9 +187,17 @@ def session(
                         stack.callback(_hook_logits(module, recorder.logits(site)).remove)
                     else:
                         view = run.view(site.name, layer)
-                        stack.callback(hook(module, view, recorder.state(site, layer, view), first=False).remove)
+                        record, later = recorder.state(site, layer, view), recorder.later(site, layer, view)
+                        stack.callback(hook(module, view, record, first=False, later=later).remove)
         if observers:
             stack.enter_context(observed(observers))
+
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            for recorder in recorders:
+                recorder.end()
+
+        if decoding:
+            stack.callback(generator.register_forward_hook(end).remove)
         if wanted:
 
             def differentiate(module: nn.Module, args: Any, output: Any) -> None:
@@ -196,6 +206,9 @@ def session(
 
             stack.callback(model.register_forward_hook(differentiate).remove)
         yield calls
+    for trace in traces:
+        check_finite(trace, trace.nonfinite)
+        trace.finish()
 
 
 def _why_not(edit: Edit, view: View) -> str:

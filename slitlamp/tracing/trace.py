@@ -14,6 +14,7 @@ from slitlamp.errors import InputError, unknown
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
 from slitlamp.tracing.gradients import Scalar
+from slitlamp.tracing.nonfinite import NonFinite
 from slitlamp.tracing.sites import _CANONICAL, Site
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from transformer_lens import ActivationCache
     from transformers import PreTrainedModel
+
+    from slitlamp.tracing.nnsight_backend import NNsight
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,8 +162,31 @@ class Trace:
         self.decoding = False
         self.views: dict[str, Trace] = {}
         self.source: Source | None = None
+        self.backend: NNsight | None = None
+        self.nonfinite: NonFinite = "warn"
         self.gradient_of = gradient_of
         self.gradients: Trace | None = None if gradient_of is None else Trace(sites)
+
+    def admit(self, batch: Batch) -> None:
+        """Refuse a run that this trace cannot take, before anything runs.
+
+        Raises:
+            InputError: a run in a trace that holds one already.
+        """
+        if self.batch is not None:
+            raise InputError("a trace holds one run; open a new one for the next")
+
+    def start(self, batch: Batch, *, decoding: bool) -> None:
+        """A run begins."""
+        self.batch = batch
+        self.decoding = decoding
+
+    def finish(self) -> None:
+        """The run has ended well."""
+
+    def pending(self, ids: Iterable[str]) -> list[str]:
+        """Those of some items that are not in the trace's store yet, in their order; without a store, all of them."""
+        return list(ids)
 
     def record(self, label: str) -> SiteRecord:
         """The recordings of one site.

@@ -8,6 +8,7 @@ import importlib.util
 
 import pytest
 import torch
+from contract import prompt
 from tiny_models import BUILDERS
 from transformers import modeling_flash_attention_utils as flash
 
@@ -100,8 +101,7 @@ class Collect:
 
 
 def prompts(vlm, image, *texts):
-    token = vlm.processor.image_token
-    return vlm.encode([image(row) for row in range(len(texts))], [f"{token} {text}" for text in texts])
+    return vlm.encode([image(row) for row in range(len(texts))], [prompt(vlm, 1, text) for text in texts], chat=False)
 
 
 LONG = "is there a red cat in the image ? yes . is it blue ?"

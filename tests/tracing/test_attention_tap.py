@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from contract import prompt
 from tiny_models import BUILDERS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -133,10 +134,8 @@ def attention_modules(model):
 
 def two_prompts(vlm, image):
     """Rows of different lengths, so that one is padded."""
-    token = vlm.processor.image_token
-    return vlm.encode(
-        [image(0), image(1)], [f"{token} is there a dog ?", f"{token} is there a red cat in the image ? yes ."]
-    )
+    texts = [prompt(vlm, 1, text) for text in ("is there a dog ?", "is there a red cat in the image ? yes .")]
+    return vlm.encode([image(0), image(1)], texts, chat=False)
 
 
 def run(vlm, batch):
@@ -237,9 +236,9 @@ def test_decode_steps_are_the_rows_of_one_pass_over_everything(builder, implemen
     with vlm.trace(*asked.values()) as whole:
         vlm.forward(generation.teacher_forced())
     compared = 0
-    for row, prompt in enumerate(batch.attention_mask.sum(dim=1).tolist()):
+    for row, length in enumerate(batch.attention_mask.sum(dim=1).tolist()):
         for number in range(1, len(generation.tokens[row])):
-            seen = prompt + number
+            seen = length + number
             for label, site in asked.items():
                 for layer in site.layers:
                     mine = trace.steps[number][label][layer][row, :, 0]
