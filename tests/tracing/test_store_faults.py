@@ -177,11 +177,11 @@ def test_a_damaged_shard_is_named_and_the_rest_reads(record, undisturbed, tmp_pa
     (folder / "shard-0-00001.safetensors").unlink()
     cut = folder / "shard-0-00003.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1])
-    with pytest.warns(
-        UserWarning, match=r"shard-0-00001.safetensors is damaged and left out: the file is missing"
-    ) as caught:
+    with pytest.warns(UserWarning, match="is damaged and left out") as caught:
         store = sl.open_store(folder)
-    assert "shard-0-00003.safetensors is damaged and left out: the file has" in str(caught[1].message)
+    said = [str(one.message).removeprefix(f"{folder}/") for one in caught]
+    assert said[0] == "shard-0-00001.safetensors is damaged and left out: the file is missing"
+    assert said[1].startswith("shard-0-00003.safetensors is damaged and left out: the file has")
     assert set(store.damaged) == {"shard-0-00001.safetensors", "shard-0-00003.safetensors"}
     rest = [one for one in IDS if one not in ("item 2", "item 3", "item 6", "item 7")]
     assert list(store.ids) == rest
