@@ -100,7 +100,8 @@ def estimate(
         sites: what is recorded, or texts for `parse_site`.
         dtype: of the weights.
         batch: items per batch.
-        gpus: over how many GPUs the model is spread, in consecutive pieces, as `device_map="auto"` does.
+        gpus: over how many GPUs the model is spread, in consecutive pieces as even as its blocks allow, which
+            `device_map="auto"` aims at.
         items: how many items a store is to hold.
 
     Raises:

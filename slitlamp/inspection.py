@@ -194,7 +194,10 @@ def estimate_sections(one: Estimate) -> dict[str, Rows]:
         "(on top: what a block needs while it computes)": _gpu_rows(one),
     }
     if one.items > 1:
-        found["store"] = [(f"{one.items:,} items", in_bytes(one.store))]
+        found[f"store of {one.items:,} items"] = [
+            *((label, in_bytes(one.items * size)) for label, size in one.recordings.items()),
+            ("together", in_bytes(one.store)),
+        ]
     return found
 
 

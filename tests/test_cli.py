@@ -98,7 +98,8 @@ def test_an_estimate_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> Non
         "resid_post:image:mean:layers=0-3 131 kB",
         f"attention:last:image {attention / 1e6:.3g} MB",
         "one model on 8 GPUs (device_map)",
-        f"1,000,000 items {(attention + 4 * 8192 * 4) / 1e6:.3g} TB",
+        f"store of 1,000,000 items resid_post:image:mean:layers=0-3 {4 * 8192 * 4 / 1e3:.3g} GB",
+        f"together {(attention + 4 * 8192 * 4) / 1e6:.3g} TB",
     ):
         assert text in shown, text
 

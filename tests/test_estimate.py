@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_models import BUILDERS
 from transformers import AutoModelForImageTextToText
 
 import slitlamp as sl
+from slitlamp.cli import main
 from slitlamp.errors import InputError, UnknownNameError
 from slitlamp.estimates import _spread, estimate, parse_site
 from slitlamp.inspection import estimate_model, estimate_sections, in_bytes, inspect_model
@@ -22,7 +27,8 @@ from slitlamp.tracing.sites import Site
 from slitlamp.tracing.sizes import ItemSize, trace_bytes
 from slitlamp.vlm import VLM
 
-CONFIG = Path(__file__).resolve().parent.parent / "docs" / "qwen2_5_vl_72b.json"
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "docs" / "qwen2_5_vl_72b.json"
 
 
 @pytest.fixture(scope="module", params=list(BUILDERS))
@@ -238,5 +244,40 @@ def test_texts() -> None:
         *("0 B", "999 B", "1 kB", "999 kB", "1.45 GB", "9.25 TB", "2,000 TB")
     ]
     rows = estimate_sections(estimate_model("organism", gpus=2, items=1000, batch=4))
-    assert rows["store"] == [("1,000 items", "15.4 MB")]
+    assert rows["store of 1,000 items"][-1] == ("together", "15.4 MB")
+    assert rows["store of 1,000 items"][0] == ("resid_post:image:mean", "4.61 MB")
     assert any("4 items per batch" in title for title in rows)
+
+
+# -- the documentation -------------------------------------------------------------------------------------------------
+
+SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+
+
+def test_the_documentation_shows_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("slitlamp.cli._silence_libraries", lambda: None)
+    blocks = re.findall(r"```console\n\$ slitlamp (.*?)\n(.*?)\n```", SCALE, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for arguments, shown in blocks:
+        printed = io.StringIO()
+        monkeypatch.setattr("slitlamp.cli.out", Console(width=110, file=printed))
+        with pytest.raises(SystemExit) as ended:
+            main(shlex.split(arguments))
+        assert not ended.value.code
+        assert "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines()) == shown
+
+
+def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    load, script = re.findall(r"```python\n(.*?)```", SCALE, flags=re.DOTALL)
+    compile(load, "scale.md", "exec")  # a model of the hub
+    exec(compile(script, "scale.md", "exec"), {"__name__": "scale"})
+    store = sl.open_store(tmp_path / "activations")
+    assert set(store.ids) == {item.id for item in sl.load_dataset("emoji_scenes/captions").take(6).items}
+    sites = ["resid_post:image:mean", "attention:last:image"]
+    expected = estimate_model("organism", sites, dtype="float32", items=6).store
+    headers = 10_000 * len(store.shards)
+    assert expected < store.nbytes < expected + headers, "the store takes what the estimate says, and its headers"
+    for target in re.findall(r"\]\(([^)#:]+)\)", SCALE):
+        assert (ROOT / "docs" / target).exists()

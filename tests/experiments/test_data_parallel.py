@@ -21,12 +21,13 @@ import yaml
 from interventions import HeadReinforcement
 from probes import HeadDivergence
 from slitlamp.errors import InputError, RunFolderError
-from slitlamp.experiments import Dataset, Experiment, load_run, processes, storage
+from slitlamp.experiments import Dataset, Experiment, load_dataset, load_run, processes, storage
 from slitlamp.experiments.config import ModelConfig
 from slitlamp.experiments.folder import Unit
 from slitlamp.experiments.models import load_model
 from slitlamp.experiments.processes import Processes
 from slitlamp.experiments.runner import Runner
+from slitlamp.tracing.store import open_store
 from slitlamp.vlm import VLM
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
@@ -274,6 +275,18 @@ def test_one_process_where_several_were_meant(
     assert re.search("started one: its --cpu needs MPI", caplog.text)
 
 
+def launched(arguments: list[str], folder: Path, *, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments, in several processes by `accelerate launch`."""
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    launch += ["--main_process_port", str(free_port())]
+    told = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, *(launch if processes > 1 else []), *arguments]
+    told |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=told, capture_output=True, text=True, timeout=2 * LIMIT)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.slow
 def test_accelerate_launch(model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     """The command under the launcher that people use: one report, the bytes of one process."""
@@ -284,21 +297,27 @@ def test_accelerate_launch(model_folder: Path, data_folder: Path, tmp_path: Path
     config |= {"max_new_tokens": 4, "n_resamples": 100}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     run = ["-m", "slitlamp.cli", "run", "mine.yaml", "--output"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--main_process_port", str(free_port())]
-    told = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    told |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    common: dict[str, Any] = {"cwd": tmp_path, "env": told, "capture_output": True, "text": True, "timeout": 2 * LIMIT}
-    alone = subprocess.run([sys.executable, *run, "one"], **common)
-    both = subprocess.run([*launch, *run, "two"], **common)
-    assert alone.returncode == 0, alone.stderr
-    assert both.returncode == 0, both.stderr
+    launched([*run, "one"], tmp_path, processes=1)
+    both = launched([*run, "two"], tmp_path)
     assert both.stdout.count("report: two/report.html") == 1
     found = load_run(tmp_path / "two")
     assert found.environment["processes"] == 2
     tables = {name: data for name, data in contents(tmp_path / "one").items() if name != "report.html"}
     assert "tables/conditions.parquet" in tables
     assert {name: data for name, data in contents(tmp_path / "two").items() if name != "report.html"} == tables
+
+
+@pytest.mark.slow
+def test_several_processes_fill_one_store(tmp_path: Path) -> None:
+    """The script of the documentation under the launcher: every item once, half of them by each process."""
+    document = Path(__file__).parents[2] / "docs" / "scale.md"
+    script = re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL)[-1]
+    (tmp_path / "script.py").write_text(script)
+    launched(["script.py"], tmp_path)
+    store = open_store(tmp_path / "activations")
+    assert sorted(store.ids) == sorted(item.id for item in load_dataset("emoji_scenes/captions").take(6).items)
+    assert [len(shard.ids) for shard in store.shards] == [3, 3]
+    assert not store.verify()
 
 
 def test_a_store_that_is_gone_is_named() -> None:
