@@ -49,7 +49,7 @@ def token_spans(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, tuple[tuple
     spans: list[tuple[int, int]] = []
     for end in range(1, len(tokens) + 1):
         longer = tokenizer.decode(list(tokens[:end]), skip_special_tokens=True)
-        shared = 0
+        shared = len(text) if longer.startswith(text) else 0
         while shared < min(len(text), len(longer)) and text[shared] == longer[shared]:
             shared += 1
         start = shared

@@ -20,17 +20,19 @@ def take(values: Tensor, selection: Selection, axis: int) -> Tensor:
     Returns:
         `values` with `selection.count` along `axis`; 0 where a row has fewer.
     """
+    values = values.detach()
     if selection.everything:
-        return values.detach().clone()
-    shape = [1] * values.ndim
-    shape[0], shape[axis] = selection.index.shape
-    index = selection.index.to(values.device).view(shape)
-    size = list(values.shape)
-    size[axis] = selection.count
-    chosen = torch.take_along_dim(values.detach(), index.expand(size), dim=axis)
-    if selection.full:
-        return chosen
-    return chosen.masked_fill_(selection.valid.to(values.device).logical_not().view(shape), 0)
+        return values.clone()
+    index = selection.index.to(values.device)
+    if selection.full and index.shape[0] == 1:
+        return values.index_select(axis, index[0])
+    # by whole slices: taking number by number (`take_along_dim`) is eight times slower
+    of_row = torch.arange(index.shape[0], device=index.device)[:, None]
+    chosen = values.movedim(axis, 1)[of_row, index]
+    if not selection.full:
+        absent = selection.valid.to(values.device).logical_not()
+        chosen.masked_fill_(absent.view(*absent.shape, *[1] * (values.ndim - 2)), 0)
+    return chosen.movedim(1, axis)
 
 
 def reduce_axis(values: Tensor, valid: Tensor | None, axis: int, how: Reduction) -> Tensor:
