@@ -18,7 +18,8 @@ def run(setting):
     vlm = setting.vlm
     batch = encode(vlm, setting.pictures)
     free = vlm.generate(batch, max_new_tokens=STEPS)
-    ends = [token for token in free.tokens[1][1:3] if token not in free.tokens[1][:1]]
+    first, second = free.tokens[:2]
+    ends = [token for token in second[1:4] if token not in second[:1] and token not in first[:3]]
     wanted = (
         sites.resid_post(),
         sites.z(),

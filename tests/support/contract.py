@@ -15,7 +15,7 @@ from slitlamp.models import Batch
 from slitlamp.tracing import Site, Trace, sites
 from slitlamp.vlm import VLM
 
-TEXTS = ("is there a dog ?", "describe this red cat .", "what is a dog ?")
+TEXTS = ("is there a dog ?", "describe this red cat in the image .", "what ?")
 CONTINUATIONS = (("dog", "cat", "red"), ("blue",), ())
 
 
