@@ -25,6 +25,8 @@ from slitlamp.models.batch import Batch
 from slitlamp.models.placement import input_device
 from slitlamp.tracing.attention_recorder import Chosen, Gathered
 from slitlamp.tracing.call import Calls, Selection
+from slitlamp.tracing.model_state import check_model, is_compiled
+from slitlamp.tracing.nonfinite import check_finite
 from slitlamp.tracing.places import Tiles, View
 from slitlamp.tracing.recorder import Recorder
 from slitlamp.tracing.reductions import reduce_axis
@@ -80,7 +82,9 @@ class NNsight:
         Raises:
             ImportError: nnsight is not installed.
             InputError: a trace that holds a run already, a model in training mode, a model that a server cannot know.
-            UnsupportedError: gradients; attention of a packed vision tower; a model whose attention cannot be found.
+            UnsupportedError: gradients; compiled modules; attention of a packed vision tower; a model whose attention
+                cannot be found.
+            NonFiniteError: a trace whose policy is "raise" recorded NaN or infinity.
         """
         try:
             import nnsight
@@ -134,6 +138,7 @@ class NNsight:
                 if number < len(found[place]):
                     _replay(recorder, site, layer, wanted, number, found[place][number])
         for trace in traces:
+            check_finite(trace, trace.nonfinite)
             trace.finish()
         if decoding or self.remote is False:
             return output
@@ -172,8 +177,9 @@ def _interleave(
 
 
 def _check(model: PreTrainedModel, traces: Sequence[Trace], batch: Batch, remote: bool | str) -> None:
-    if model.training:
-        raise InputError("the model is in training mode (dropout would change every answer); call model.eval() first")
+    check_model(model)
+    if is_compiled(model):
+        raise UnsupportedError('nnsight cannot read inside compiled modules: leave out backend="nnsight"')
     for trace in traces:
         trace.admit(batch)
         if trace.gradient_of is not None:

@@ -15,8 +15,9 @@ import zstandard
 from tiny_models import BUILDERS
 from tiny_models.common import random_image
 
+import slitlamp as sl
 from interventions import HeadReinforcement
-from slitlamp.errors import InputError, UnknownNameError, UnsupportedError
+from slitlamp.errors import InputError, NonFiniteError, UnknownNameError, UnsupportedError
 from slitlamp.tracing import nnsight_backend, sites
 from slitlamp.vlm import VLM
 
@@ -139,11 +140,11 @@ def test_the_same_after_a_rehearsal_of_the_remote_run(name, method, build):
 
 
 def test_eager_attention(build):
-    vlm = build("llava")
-    eager = VLM.wrap(copy.deepcopy(vlm.model), vlm.processor)
-    eager.model.set_attn_implementation("eager")
+    vlm = VLM.wrap(copy.deepcopy(build("llava").model), build("llava").processor)
+    assert vlm.model.config._attn_implementation == "sdpa"
+    vlm.model.set_attn_implementation("eager")
     batch = make_batch(vlm)
-    assert_same(*(run(eager, batch, everything(vlm), "generate", backend=one)[0] for one in ("nnsight", "hooks")))
+    assert_same(*(run(vlm, batch, everything(vlm), "generate", backend=one)[0] for one in ("nnsight", "hooks")))
 
 
 def test_a_batch_without_images(build):
@@ -159,6 +160,7 @@ def test_positions_by_mask(build):
     vlm = build("llava")
     batch = make_batch(vlm)
     mask = torch.rand(batch.size, batch.length, generator=torch.Generator().manual_seed(0)) < 0.4
+    mask[batch.lengths.index(batch.length), 5:] = False  # the longest row has the fewest
     asked = (sites.resid_post(positions=mask), sites.attention(mask, mask), sites.attention("last", mask, label="keys"))
     for method in ("forward", "generate"):
         assert_same(*(run(vlm, batch, asked, method, backend=one)[0] for one in ("nnsight", "hooks")))
@@ -185,7 +187,7 @@ def state_of(vlm):
 
 @pytest.mark.parametrize("remote", [False, "local"])
 def test_the_model_and_its_processor_are_untouched(remote, build):
-    vlm = build("llava")
+    vlm = BUILDERS["llava"]()  # that nothing has run on
     vlm.tokenizer.padding_side = "right"
     before = state_of(vlm)
     run(vlm, make_batch(vlm), everything(vlm), "generate", backend="nnsight", remote=remote)
@@ -366,6 +368,9 @@ def test_what_it_refuses(build, monkeypatch):
     training.model.train()
     with pytest.raises(InputError, match="training mode"):
         run(training, batch, asked, "forward", backend="nnsight")
+    training.model.eval().model.language_model.layers[0].compile()
+    with pytest.raises(UnsupportedError, match="compiled modules"):
+        run(training, batch, asked, "forward", backend="nnsight")
     nameless = VLM.wrap(copy.deepcopy(vlm.model), vlm.processor)
     with pytest.raises(InputError, match="a server knows models of the hub by their name"):
         run(nameless, batch, asked, "forward", backend="nnsight", remote=True)
@@ -392,3 +397,20 @@ def test_the_document_runs(monkeypatch, capsys, server, folder):
         exec(compile(block, "docs/nnsight.md", "exec"), names)
     assert len(server) == 1
     assert "torch.Size" in capsys.readouterr().out
+
+
+def test_infinity_is_reported(build):
+    model = copy.deepcopy(build("llava").model)
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.down_proj.weight[0] = torch.inf
+    vlm = VLM.wrap(model, build("llava").processor)
+    with pytest.raises(NonFiniteError, match="resid_post, layer 1"):
+        run(vlm, make_batch(vlm), [sites.resid_post()], "forward", backend="nnsight", nonfinite="raise")
+
+
+def test_into_a_store(build, tmp_path):
+    vlm = build("llava")
+    batch, asked = make_batch(vlm), [sites.resid_post(positions="image", reduce="mean")]
+    run(vlm, batch, asked, "forward", backend="nnsight", store=tmp_path / "store")
+    wanted, _ = run(vlm, batch, asked, "forward")
+    same(torch.as_tensor(sl.open_store(tmp_path / "store")["resid_post"][1][:]), wanted["resid_post"][1])
