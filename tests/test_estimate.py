@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from tiny_models import BUILDERS
 from transformers import AutoModelForImageTextToText
@@ -272,12 +273,15 @@ def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     load, script = re.findall(r"```python\n(.*?)```", SCALE, flags=re.DOTALL)
     compile(load, "scale.md", "exec")  # a model of the hub
-    exec(compile(script, "scale.md", "exec"), {"__name__": "scale"})
+    try:
+        exec(compile(script, "scale.md", "exec"), {"__name__": "scale"})
+    finally:
+        PartialState._reset_state()  # tests that start processes do not want to find one
     store = sl.open_store(tmp_path / "activations")
     assert set(store.ids) == {item.id for item in sl.load_dataset("emoji_scenes/captions").take(6).items}
     sites = ["resid_post:image:mean", "attention:last:image"]
     expected = estimate_model("organism", sites, dtype="float32", items=6).store
-    headers = 10_000 * len(store.shards)
+    headers = 10_000 * len(store.shards())
     assert expected < store.nbytes < expected + headers, "the store takes what the estimate says, and its headers"
     for target in re.findall(r"\]\(([^)#:]+)\)", SCALE):
         assert (ROOT / "docs" / target).exists()

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 
 from interventions import HeadReinforcement
 from probes import HeadDivergence
+from slitlamp.cli import main
 from slitlamp.errors import InputError, RunFolderError
 from slitlamp.experiments import Dataset, Experiment, load_dataset, load_run, processes, storage
 from slitlamp.experiments.config import ModelConfig
@@ -78,6 +80,7 @@ def together(work: Callable[[int], Any], size: int, folder: Path) -> list[tuple[
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         os.environ |= {name: str(value) for name, value in place.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        PartialState._reset_state()  # of whatever ran in the parent before
         error = ""
         try:
             work(rank)
@@ -275,12 +278,12 @@ def test_one_process_where_several_were_meant(
     assert re.search("started one: its --cpu needs MPI", caplog.text)
 
 
-def launched(arguments: list[str], folder: Path, *, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run Python with these arguments, in several processes by `accelerate launch`."""
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+def launched(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments, in two processes by `accelerate launch`."""
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--main_process_port", str(free_port())]
     told = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, *(launch if processes > 1 else []), *arguments]
+    command = [sys.executable, *launch, *arguments]
     told |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=told, capture_output=True, text=True, timeout=2 * LIMIT)
     assert done.returncode == 0, done.stderr
@@ -288,7 +291,9 @@ def launched(arguments: list[str], folder: Path, *, processes: int = 2) -> subpr
 
 
 @pytest.mark.slow
-def test_accelerate_launch(model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_accelerate_launch(
+    model_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The command under the launcher that people use: one report, the bytes of one process."""
     data = {"task": "captions", "name": "scenes", "images": str(data_folder / "images")}
     data |= {"instances": str(data_folder / "instances.json"), "synonyms": str(data_folder / "synonyms.txt")}
@@ -296,9 +301,12 @@ def test_accelerate_launch(model_folder: Path, data_folder: Path, tmp_path: Path
     config |= {"conditions": {"baseline": [], "vhr": ["HeadReinforcement"]}, "probes": ["HeadDivergence"]}
     config |= {"max_new_tokens": 4, "n_resamples": 100}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
-    run = ["-m", "slitlamp.cli", "run", "mine.yaml", "--output"]
-    launched([*run, "one"], tmp_path, processes=1)
-    both = launched([*run, "two"], tmp_path)
+    both = launched(["-m", "slitlamp.cli", "run", "mine.yaml", "--output", "two"], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("slitlamp.cli._silence_libraries", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "mine.yaml", "--output", "one"])
+    assert not ended.value.code
     assert both.stdout.count("report: two/report.html") == 1
     found = load_run(tmp_path / "two")
     assert found.environment["processes"] == 2
@@ -316,7 +324,7 @@ def test_several_processes_fill_one_store(tmp_path: Path) -> None:
     launched(["script.py"], tmp_path)
     store = open_store(tmp_path / "activations")
     assert sorted(store.ids) == sorted(item.id for item in load_dataset("emoji_scenes/captions").take(6).items)
-    assert [len(shard.ids) for shard in store.shards] == [3, 3]
+    assert [len(shard.ids) for shard in store.shards()] == [3, 3]
     assert not store.verify()
 
 
