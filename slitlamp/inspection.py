@@ -247,20 +247,18 @@ def _item(
 def _encoded(inspected: Inspection, revision: str | None, image_size: tuple[int, int]) -> ItemSize | str:
     """The size of a request about a grey image, as the model's processor makes it; or why there is no processor."""
     import PIL.Image
-    from transformers import AutoProcessor
 
     from slitlamp.models.encode import encode
+    from slitlamp.models.loading import load_processor
     from slitlamp.tracing.sizes import ItemSize
 
     if Path(inspected.name).is_file():
         return "a configuration file has none"
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
-        processor = AutoProcessor.from_pretrained(_place(inspected.name), **options)
+        processor = load_processor(_place(inspected.name), **options)
     except (OSError, ValueError, ImportError, TypeError) as error:
         return f"it cannot be loaded ({str(error).strip().splitlines()[0][:120]})"
-    if not hasattr(processor, "tokenizer"):
-        return "there is none beside the configuration"
     anatomy, config = inspected.anatomy, inspected.model.config
     prompt = "Describe this image in detail."
     if anatomy.family.placeholder is not None and not getattr(processor, "chat_template", None):

@@ -18,6 +18,7 @@ from slitlamp.decoding.intervention import Intervention, RunContext, in_order
 from slitlamp.errors import InputError, UnsupportedError, unknown
 from slitlamp.models import Anatomy, Batch, family_of, read_anatomy
 from slitlamp.models.encode import encode
+from slitlamp.models.loading import load_processor
 from slitlamp.models.placement import input_device, weights
 from slitlamp.tracing import Edit, Probe, Site, Trace, check_sites, session
 from slitlamp.tracing.gradients import Scalar
@@ -105,6 +106,8 @@ class VLM:
     ) -> VLM:
         """Load a model and its processor from a folder or a hub.
 
+        Where libraries are missing that only videos need, the processor is loaded without its part for videos.
+
         Args:
             name: folder or hub id.
             dtype: "auto" or a torch dtype, by name or as such.
@@ -115,11 +118,11 @@ class VLM:
             options: further arguments of `AutoModelForImageTextToText.from_pretrained`.
 
         Raises:
-            UnsupportedError: a family that slitlamp does not know; found from the configuration, before the weights are
-                loaded.
-            InputError: `device` and `device_map` together.
+            UnsupportedError: a family that slitlamp does not know, or a processor that needs a library which is not
+                installed; found before the weights are loaded.
+            InputError: `device` and `device_map` together, or no processor beside the model.
         """
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoConfig, AutoModelForImageTextToText
 
         if device is not None and device_map is not None:
             raise InputError("give device or device_map, not both")
@@ -127,7 +130,7 @@ class VLM:
         if revision is not None:
             hub["revision"] = revision
         family_of(AutoConfig.from_pretrained(name, **hub))
-        processor = AutoProcessor.from_pretrained(name, **hub)
+        processor = load_processor(name, **hub)
         if device_map is not None:
             options["device_map"] = device_map
         # never pickle: its files can run code
@@ -152,7 +155,7 @@ class VLM:
         Raises:
             UnsupportedError: a family that slitlamp does not know.
         """
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoConfig, AutoModelForImageTextToText
 
         hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if revision is not None:
@@ -162,7 +165,7 @@ class VLM:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
         model.name_or_path = name
-        vlm = cls(model.eval(), AutoProcessor.from_pretrained(name, **hub), name)
+        vlm = cls(model.eval(), load_processor(name, **hub), name)
         vlm.revision = revision
         return vlm
 

@@ -1,0 +1,118 @@
+"""Loading a processor where libraries are missing that only videos need."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+from slitlamp.errors import InputError, UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = ("torchvision", "num2words", "sentencepiece", "tiktoken")
+"""What transformers does not require and some processors do; of each, its name for `import` and for pip."""
+
+_SAME_FOR_IMAGES = {"SmolVLMProcessor": "Idefics3Processor"}
+"""Processor classes whose own code cannot do without the libraries of videos -> those with the same tokens and pixels."""
+
+
+def load_processor(name: str | Path, **hub: Any) -> Any:
+    """The processor of a model's images and texts, from a folder or a hub.
+
+    Hugging Face's `AutoProcessor` makes it. Where that fails for want of a library, and the library is one that only the
+    processor's part for videos needs, the processor is put together without that part: `processor.video_processor` is
+    None. It makes the same tokens and pixels of texts and images. That is logged; nothing is ever installed.
+
+    Args:
+        name: folder or hub id.
+        hub: `revision`, `trust_remote_code` and what else `from_pretrained` takes to find the files.
+
+    Raises:
+        UnsupportedError: it needs a library that is not installed; the message names it.
+        InputError: there is no processor, only a tokenizer or another of its parts.
+        OSError: no such folder or repository.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor: Any = AutoProcessor.from_pretrained(name, **hub)
+    except (ImportError, ValueError) as error:
+        missing = _missing(error, name)
+        if not missing:
+            raise
+        processor = _without_videos(name, hub, missing, error)
+    if not hasattr(processor, "tokenizer"):
+        raise InputError(
+            f"a VLM needs the processor of its images and texts; found {type(processor).__name__} in {str(name)!r}. "
+            "Its processor_config.json or preprocessor_config.json must name a `processor_class` of transformers"
+        )
+    return processor
+
+
+def _without_videos(name: str | Path, hub: dict[str, Any], missing: list[str], error: Exception) -> Any:
+    """The processor without its part for videos.
+
+    Args:
+        name, hub: as of `load_processor`.
+        missing: the libraries that are not installed.
+        error: what came of the whole processor.
+
+    Raises:
+        UnsupportedError: it has no such part, or needs one of the libraries without it too.
+    """
+    import transformers
+
+    named = _class_name(name, hub)
+    if named is None or not hasattr(transformers, named):
+        raise error
+    used = _SAME_FOR_IMAGES.get(named, named)
+    try:
+        processor_class = getattr(transformers, used)
+        attributes = [one for one in processor_class.get_attributes() if one != "video_processor"]
+        if used == named and attributes == processor_class.get_attributes():
+            raise error
+        # what the class loads, checks and saves are its attributes
+        own = {"video_processor": None, "get_attributes": classmethod(lambda cls: list(attributes))}
+        without: Any = type(used, (processor_class,), own)
+        processor = without.from_pretrained(name, **hub)
+    except (ImportError, ValueError) as reason:
+        libraries = _missing(reason, name)
+        if not libraries:
+            raise
+        raise UnsupportedError(
+            f"the processor of {str(name)!r} ({named}) needs {' and '.join(libraries)}, which this environment does not "
+            f"have; install: pip install {' '.join(libraries)}"
+        ) from reason
+    if used != named:  # a text with a video is refused, as by the class itself
+        processor.video_token = getattr(processor.tokenizer, "video_token", "<video>")
+    logger.info(
+        "%s: %s is not installed, so its processor (%s%s) is loaded without the part for videos",
+        name,
+        " and ".join(missing),
+        named,
+        "" if used == named else f", as {used}",
+    )
+    return processor
+
+
+def _class_name(name: str | Path, hub: dict[str, Any]) -> str | None:
+    """The processor class that the files name, or else that of the model's type; None where neither does."""
+    from transformers import PROCESSOR_MAPPING, AutoConfig, ImageProcessingMixin, ProcessorMixin
+
+    found: Any = ProcessorMixin.get_processor_dict(name, **hub)[0].get("processor_class")
+    if found is None:
+        with contextlib.suppress(OSError):  # no preprocessor_config.json
+            found = ImageProcessingMixin.get_image_processor_dict(name, **hub)[0].get("processor_class")
+    if found is None:
+        config = type(AutoConfig.from_pretrained(name, **hub))
+        found = getattr(PROCESSOR_MAPPING.get(config, None), "__name__", None)
+    return found
+
+
+def _missing(error: Exception, name: str | Path) -> list[str]:
+    """The libraries that an error names, elsewhere than in the name of the model, and that are not installed."""
+    text = str(error).replace(str(name), "").lower()
+    return [one for one in _LIBRARIES if one in text and importlib.util.find_spec(one) is None]
