@@ -10,6 +10,7 @@ from typing import Any
 from _cases import CASES
 from _contestants import CONTESTANTS
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from slitlamp.reports import style
 
@@ -142,12 +143,14 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
         left.set_xscale("log")
         left.axvline(1, color=style.GREY, linewidth=0.8, zorder=1)
         left.set_xlabel("time, in times of the plain run")
-        ticks = [1, 1.1, 1.25, 1.5, 2, 3, 5, 8, 12, 20]
+        ticks = [0.8, 1, 1.25, 1.5, 2, 3, 5, 8, 12, 20]
         low, high = left.get_xlim()
         shown = [tick for tick in ticks if low <= tick <= high]
         left.set_xticks(shown, [f"{tick:g}" for tick in shown])
         left.minorticks_off()
         right.set_xscale("log")
+        right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        right.xaxis.set_minor_formatter(NullFormatter())
         right.set_xlabel("extra peak memory, MB")
         left.set_yticks(range(len(cases)), [CASES[case].title for case in cases])
         left.set_ylim(len(cases) - 0.5, -0.5)
