@@ -9,7 +9,7 @@ import torch
 from contract import close
 from torch import nn
 
-from slitlamp.errors import UnsupportedError
+from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.tracing import sites
 from slitlamp.tracing.sites import SITES
 
@@ -35,50 +35,44 @@ def layers_having(setting, side, *names):
     return [one for one in range(n_layers) if all(one in anatomy.layers(side + name) for name in names)]
 
 
+def sizes_of(setting, name):
+    """The size of each axis of a site, None where it differs from family to family (positions of a tower)."""
+    batch, anatomy = setting.batch, setting.vlm.anatomy
+    layer = anatomy.layers(name)[0]
+    if name.startswith("vision_"):
+        d_head = anatomy.d_vision // anatomy.n_vision_heads
+        sizes = {"head": anatomy.n_vision_heads, "d_head": d_head, "d_vision": anatomy.d_vision}
+    elif name == "projector_out":
+        sizes = {"d_model": anatomy.d_model}
+    else:
+        n_heads = anatomy.n_kv_heads if name in ("k", "v") else anatomy.n_heads
+        n_keys = max(len(one) for one in batch.patches) if name == "cross_attention" else batch.length
+        sizes = {"position": batch.length, "query": batch.length, "key": n_keys, "head": n_heads}
+        sizes |= {"d_head": anatomy.d_head, "d_model": anatomy.d_model, "d_vocab": anatomy.d_vocab}
+    if name.endswith("mlp_pre"):
+        sizes["d_mlp"] = module(setting, name, layer).out_features
+    if name.endswith("mlp_post"):
+        sizes["d_mlp"] = module(setting, name, layer).in_features
+    if name in ("mlp_pre", "mlp_post"):
+        assert sizes["d_mlp"] == anatomy.d_mlp
+    return {"batch": batch.size, "tile": sum(batch.tiles), **sizes}
+
+
 def test_every_site_has_its_documented_shape(setting):
-    vlm, batch, anatomy = setting.vlm, setting.batch, setting.vlm.anatomy
-    patches = sum(batch.tiles)
-    common = {"batch": batch.size, "tile": patches, "head": anatomy.n_heads, "d_model": anatomy.d_model}
-    assert set(anatomy.places) <= set(SITES)
-    for name in anatomy.places:
-        record = setting.trace[name]
-        side = name.startswith("vision_")
-        vision_d_head = anatomy.d_vision // anatomy.n_vision_heads
-        sizes = {
-            **common,
-            "position": batch.length,
-            "query": batch.length,
-            "key": batch.length,
-            "d_head": vision_d_head if side else anatomy.d_head,
-            "d_vision": anatomy.d_vision,
-            "d_mlp": module(setting, name, record.layers[0]).out_features if name.endswith("mlp_pre") else None,
-            "d_vocab": anatomy.d_vocab,
-        }
-        if name in ("k", "v"):
-            sizes["head"] = anatomy.n_kv_heads
-        if side:
-            sizes["head"] = anatomy.n_vision_heads
-        if side or name == "projector_out":
-            sizes.pop("position")
-            sizes["query"] = sizes["key"] = None
-        if name == "cross_attention":
-            sizes["key"] = max(len(one) for one in batch.patches)
-        if name.endswith("mlp_post"):
-            sizes["d_mlp"] = module(setting, name, record.layers[0]).in_features
-        assert record.layers == anatomy.layers(name)
+    places = setting.vlm.anatomy.places
+    assert set(places) <= set(SITES)
+    for name in places:
+        record, sizes = setting.trace[name], sizes_of(setting, name)
+        assert record.layers == setting.vlm.anatomy.layers(name)
+        rows = record.axes.index("position" if "position" in record.axes else "query")
         for layer in record.layers:
             found = record[layer]
             assert found.ndim == len(record.axes), name
             for axis, size in zip(record.axes, found.shape, strict=True):
                 assert sizes.get(axis) in (None, size), (name, layer, axis)
-            assert record.mask.shape == (
-                found.shape[0],
-                found.shape[record.axes.index("position" if "position" in record.axes else "query")],
-            )
+            assert record.mask.shape == (found.shape[0], found.shape[rows])
             assert found.isfinite().all(), name
             assert found.abs().max() > 0, name
-    if vlm.anatomy.tower.unpack is None and "projector_out" in anatomy.places:
-        assert setting.trace["vision_resid_post"].mask.all()
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -227,16 +221,23 @@ def test_attention_rows_are_those_of_eager(setting):
         assert torch.equal(record.mask.sum(dim=1), rows.sum(dim=1))
         assert torch.equal(record.key_mask.sum(dim=1), columns.sum(dim=1))
     for layer in vlm.anatomy.layers("attention"):
-        close(
-            trace["heads"][layer],
-            trace["last all"][layer][:, [2, 0]] if "last all" in trace else whole_last(setting, layer)[:, [2, 0]],
-        )
+        whole = setting.trace["attention"][layer]
+        last = torch.stack([whole[row, :, n - 1 : n] for row, n in enumerate(batch.lengths)])
+        close(trace["heads"][layer], last[:, [2, 0]])
 
 
-def whole_last(setting, layer):
-    """The last row of the whole matrix, of each row's own positions."""
-    whole = setting.trace["attention"][layer]
-    return torch.stack([whole[row, :, n - 1 : n] for row, n in enumerate(setting.batch.lengths)])
+def test_attention_of_the_cls_token(setting):
+    """By default, `vision_attention` is that of the CLS token over the patches; a tower without one refuses it by name."""
+    vlm, whole = setting.vlm, setting.trace["vision_attention"]
+    if not vlm.anatomy.has_cls:
+        with pytest.raises(InputError, match="no CLS token"), vlm.trace(sites.vision_attention()):
+            pass
+        return
+    with vlm.trace(sites.vision_attention(), sites.vision_resid_post(positions="patches")) as trace:
+        vlm.forward(setting.batch)
+    for layer in vlm.anatomy.layers("vision_attention"):
+        close(trace["vision_attention"][layer], whole[layer][:, :, :1, 1:])
+        close(trace["vision_resid_post"][layer], setting.trace["vision_resid_post"][layer][:, 1:])
 
 
 def test_a_site_that_a_model_lacks_is_refused_by_name(setting):
@@ -244,7 +245,4 @@ def test_a_site_that_a_model_lacks_is_refused_by_name(setting):
     lacking = [name for name in SITES if name not in vlm.anatomy.places]
     for name in lacking:
         with pytest.raises(UnsupportedError, match=f"has no '{name}'"), vlm.trace(getattr(sites, name)()):
-            pass
-    if not vlm.anatomy.has_cls:
-        with pytest.raises(Exception, match="no CLS token"), vlm.trace(sites.vision_attention()):
             pass
