@@ -135,7 +135,8 @@ class _MLP:
     def _down(self) -> nn.Linear:
         anatomy = self.lens.anatomy
         down, added = anatomy.place("mlp_post", self.layer), anatomy.place("mlp_out", self.layer)
-        if not down.path.startswith(f"{added.path}.") or added.gate is not None:
+        inside = down.path == added.path or down.path.startswith(f"{added.path}.")
+        if not inside or added.gate is not None:
             raise UnsupportedError(
                 f"layer {self.layer} of this {anatomy.family.name} puts its MLP through a norm or a gate before adding it to "
                 "the residual stream, so that neurons have no contribution of their own; decompose by mlp_out instead"
