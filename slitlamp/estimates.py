@@ -125,7 +125,7 @@ def estimate(
     return Estimate(
         dtype=dtype,
         weights={one: floats * one.itemsize + others for one in dict.fromkeys((torch.float32, torch.bfloat16, dtype))},
-        cache_per_token=sum(_cache(model, anatomy, replace(item, cross_keys=0), dtype, length=1)),
+        cache_per_token=sum(_cache(model, anatomy, item, dtype, length=1)),
         cache_per_item=sum(cache),
         item=item,
         recordings=trace_bytes(model, anatomy, chosen, item, dtype),
@@ -154,15 +154,18 @@ def _numbers(model: nn.Module) -> tuple[int, int]:
 def _cache(
     model: nn.Module, anatomy: Anatomy, item: ItemSize, dtype: torch.dtype, length: int | None = None
 ) -> list[int]:
-    """Bytes of keys and values of one item, by layer."""
+    """Bytes of keys and values of one item, by layer; with `length`, of so many positions of text."""
     text: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
     window = int(getattr(text, "sliding_window", None) or 0)
+    # Mllama's cache holds the keys of every image's largest number of tiles, and it has one image token per image
+    tiles = getattr(model.config.vision_config, "max_num_tiles", None)  # type: ignore[union-attr]
+    cross = item.cross_keys if tiles is None else item.image_tokens * int(tiles) * (item.tile_positions or 0)
     per_token = 2 * anatomy.n_kv_heads * anatomy.d_head * dtype.itemsize
     found = []
     for kind in anatomy.attention_types:
         kept = item.length if length is None else length
         if kind == "cross_attention":
-            kept = item.cross_keys
+            kept = 0 if length is not None else cross
         elif kind == "sliding_attention" and window:
             kept = min(kept, window - 1)
         found.append(kept * per_token)

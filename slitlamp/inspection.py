@@ -119,11 +119,12 @@ def inspect_model(name: str, *, revision: str | None = None) -> Inspection:
     family_of(config)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
+    anatomy = read_anatomy(model)
     return Inspection(
         name=name,
-        anatomy=read_anatomy(model),
+        anatomy=anatomy,
         n_parameters=sum(one.numel() for one in model.parameters()),
-        n_image_tokens=_image_tokens(config),
+        n_image_tokens=_image_tokens(config, anatomy),
         model=model,
     )
 
@@ -267,17 +268,35 @@ def _encoded(inspected: Inspection, revision: str | None, image_size: tuple[int,
     return ItemSize.of(encode(processor, config, anatomy, images=[picture], prompts=[prompt]), anatomy, config)
 
 
-def _image_tokens(config: PreTrainedConfig) -> int | None:
+def _image_tokens(config: PreTrainedConfig, anatomy: Anatomy) -> int | None:
     """Image tokens of one image, for families that make the same number of each; None where it depends on the image."""
+    if config.model_type in _OF_THE_IMAGE:
+        return None
     if config.model_type == "mllama":
         return 1
+    if config.model_type in (
+        "llava",
+        "vipllava",
+    ):  # what their configuration says is a default that may not fit the tower
+        positions = _fixed_positions(config, anatomy)
+        keeps_cls = getattr(config, "vision_feature_select_strategy", "default") == "full"
+        return positions if positions is None or keeps_cls else positions - int(anatomy.has_cls)
     for holder in (config, config.get_text_config(decoder=True)):
         for name in ("image_seq_length", "mm_tokens_per_image", "num_image_tokens", "num_query_tokens"):
-            if config.model_type in _OF_THE_IMAGE:
-                return None
             if (value := getattr(holder, name, None)) is not None:
                 return int(value)
     return None
+
+
+def _fixed_positions(config: PreTrainedConfig, anatomy: Anatomy) -> int | None:
+    """Positions of a tile in towers whose tiles have one size; None for the others."""
+    from slitlamp.tracing.sizes import tile_positions
+
+    side = getattr(config.vision_config, "image_size", None)
+    if side is None or (anatomy.tower.unpack is not None and not anatomy.family.cross):
+        return None
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return tile_positions(int(height), int(width), config.vision_config, anatomy)
 
 
 _OF_THE_IMAGE = ("llava_next", "llava_onevision", "internvl", "aya_vision", "idefics3", "smolvlm")
@@ -285,29 +304,26 @@ _OF_THE_IMAGE = ("llava_next", "llava_onevision", "internvl", "aya_vision", "ide
 
 
 def _from_config(inspected: Inspection, image_tokens: int, text_tokens: int, new_tokens: int) -> ItemSize:
-    """The size of an item with so many image tokens, as far as the configuration tells it: one tile."""
-    from slitlamp.tracing.sizes import ItemSize, tile_positions
+    """The size of an item with so many image tokens, as far as the configuration tells it: one tile, or for Mllama as many
+    as an image can have.
+    """
+    from slitlamp.tracing.sizes import ItemSize
 
-    anatomy, vision = inspected.anatomy, inspected.model.config.vision_config
-    side = getattr(vision, "image_size", None)
-    positions: int | None = None
-    projected: int | None = None
-    cross = 0
-    if merge := getattr(vision, "spatial_merge_size", None):
-        positions, projected = image_tokens * int(merge) ** 2, image_tokens
-    elif side is not None and (anatomy.tower.unpack is None or anatomy.family.cross):
-        height, width = side if isinstance(side, list | tuple) else (side, side)
-        positions = tile_positions(int(height), int(width), vision, anatomy)
-        cross = positions if anatomy.family.cross else 0
-        projected = positions if cross else image_tokens
+    anatomy, config = inspected.anatomy, inspected.model.config
+    positions, projected, tiles = _fixed_positions(config, anatomy), image_tokens, 1
+    if merge := getattr(config.vision_config, "spatial_merge_size", None):
+        positions = image_tokens * int(merge) ** 2
+    elif anatomy.family.cross and positions is not None:
+        tiles, projected = image_tokens * int(config.vision_config.max_num_tiles), positions
     return ItemSize(
         image_tokens=image_tokens,
         text_tokens=text_tokens,
         after_image=text_tokens,
         new_tokens=new_tokens,
+        tiles=tiles,
         tile_positions=positions,
-        projected=projected,
-        cross_keys=cross,
+        projected=None if positions is None else projected,
+        cross_keys=tiles * (positions or 0) if anatomy.family.cross else 0,
     )
 
 

@@ -32,16 +32,27 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "docs" / "qwen2_5_vl_72b.json"
 
 
+OF_THE_IMAGE = (
+    *("llava_next", "llava_onevision", "internvl", "aya_vision", "idefics3", "smolvlm", "mistral3", "llava pixtral"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llama4"),
+)
+"""Families in which the number of image tokens depends on the size of the image."""
+
+
 @pytest.fixture(scope="module", params=list(BUILDERS))
 def built(request: pytest.FixtureRequest) -> VLM:
     """Every family in turn."""
     return BUILDERS[request.param]()
 
 
-def encoded(vlm: VLM, image: Callable[..., Any]) -> Batch:
+SIZES = ((40, 24), (12, 12))
+
+
+def encoded(vlm: VLM, image: Callable[..., Any], size: tuple[int, int] = SIZES[0]) -> Batch:
+    """One item about an image of so many pixels, with a continuation of two tokens."""
     placeholder = vlm.anatomy.family.placeholder
     before = "" if placeholder is None else f"{getattr(vlm.processor, placeholder)} "
-    batch = vlm.encode(images=[image(0, 40, 24)], prompts=[f"{before}is there a dog"])
+    batch = vlm.encode(images=[image(0, *size)], prompts=[f"{before}is there a dog"])
     return batch.with_continuation([[7, 8]])
 
 
@@ -76,9 +87,10 @@ def meta(vlm: VLM) -> Any:
         return AutoModelForImageTextToText.from_config(vlm.model.config)
 
 
-def test_recordings(built: VLM, image: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_recordings(built: VLM, size: tuple[int, int], image: Callable[..., Any]) -> None:
     """Every recording of one item takes the bytes that its meta model says, for every family and site."""
-    batch = encoded(built, image)
+    batch = encoded(built, image, size)
     sites = all_sites(built)
     item = ItemSize.of(batch, built.anatomy, built.model.config)
     expected = trace_bytes(meta(built), built.anatomy, sites, item, built.dtype)
@@ -92,6 +104,24 @@ def test_recordings(built: VLM, image: Callable[..., Any]) -> None:
     assert trace.nbytes() == sum(expected.values())
 
 
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_the_item_of_a_configuration(name: str, image: Callable[..., Any], tmp_path: Path) -> None:
+    """What a configuration alone tells is what the processor makes of an image, for families that treat all images alike."""
+    vlm = BUILDERS[name]()
+    vlm.model.config.save_pretrained(tmp_path)
+    batch = encoded(vlm, image, (64, 64))  # the most tiles
+    made = ItemSize.of(batch, vlm.anatomy, vlm.model.config)
+    told = inspect_model(str(tmp_path / "config.json")).n_image_tokens
+    assert told in (None, made.image_tokens)
+    assert (told is None) == (name in OF_THE_IMAGE)
+    sizes = {"image_tokens": made.image_tokens, "text_tokens": made.text_tokens, "new_tokens": 2}
+    known = estimate_model(str(tmp_path / "config.json"), ["resid_post:last"], **sizes).item
+    assert known.tile_positions in (None, made.tile_positions)
+    if made.tiles == known.tiles:
+        assert known.projected in (None, made.projected)
+        assert known.cross_keys == made.cross_keys
+
+
 def test_half_precision(llava: VLM, image: Callable[..., Any]) -> None:
     """What is reduced is stored in float32, the rest in the dtype of the model."""
     vlm = VLM.wrap(type(llava.model)(llava.model.config).to(torch.bfloat16).eval(), llava.processor)
@@ -103,8 +133,9 @@ def test_half_precision(llava: VLM, image: Callable[..., Any]) -> None:
     assert trace.nbytes() == sum(trace_bytes(vlm.model, vlm.anatomy, sites, item, torch.bfloat16).values())
 
 
-def test_weights_and_cache(built: VLM, image: Callable[..., Any]) -> None:
-    batch = encoded(built, image)
+@pytest.mark.parametrize("size", SIZES)
+def test_weights_and_cache(built: VLM, size: tuple[int, int], image: Callable[..., Any]) -> None:
+    batch = encoded(built, image, size)
     item = ItemSize.of(batch, built.anatomy, built.model.config)
     one = estimate(meta(built), built.anatomy, item, ["resid_post:last"], dtype=torch.float32)
     state = {(value.data_ptr(), value.shape): value for value in built.model.state_dict().values() if value.numel()}
@@ -131,6 +162,7 @@ def test_the_item_of_a_processor(llava: VLM, tmp_path: Path, image: Callable[...
     assert estimate_model(str(tmp_path), text_tokens=30).item.text_tokens == 30
 
     shutil.copy(tmp_path / "config.json", tmp_path / "alone.json")
+    assert estimate_model(str(tmp_path / "alone.json")).item.image_tokens == 16, "of its tower, not of the usual one"
     with pytest.raises(
         InputError, match="depends on its processor, and a configuration file has none; give the number"
     ):
