@@ -342,6 +342,7 @@ class VLM:
 
     def _extra_pass(self, batch: Batch, sites: Sequence[Site], edits: Sequence[Edit]) -> Trace:
         trace = Trace(check_sites(sites, self.anatomy))
+        trace.source = Source(self.model, self.anatomy, self.tokenizer)
         with self._putting_back(), session(self.model, self.anatomy, batch, traces=[trace], edits=edits):
             self._call(batch, logits_to_keep=_logits_needed(sites))
         return trace

@@ -164,7 +164,7 @@ class LensModel:
     It holds no copy of the model but its unembedding, [d_model, d_vocab] in float32, made when it is first asked for.
 
     Attributes:
-        cfg: a `TransformerLensConfig` with the language model's sizes.
+        cfg: a `TransformerLensConfig` with the language model's sizes and norm; nothing else in it is filled in.
         blocks: `blocks[layer].attn.W_O`, `.b_O` and `blocks[layer].mlp.W_out`, `.b_out`.
         ln_final: the final norm without its weights, which are in `W_U` and `b_U`.
         adapter: what is done to logits after the unembedding (soft-capping).
@@ -194,8 +194,6 @@ class LensModel:
             normalization_type="LNPre" if self._norm.centred else "RMSPre",
             uses_rms_norm=not self._norm.centred,
             final_rms=not self._norm.centred,
-            gated_mlp=True,
-            positional_embedding_type="rotary",
         )
         self.blocks = [
             SimpleNamespace(attn=_Attention(self, layer), mlp=_MLP(self, layer)) for layer in range(anatomy.n_layers)

@@ -349,3 +349,9 @@ def test_the_worked_example_runs(capsys):
     printed = capsys.readouterr().out
     assert "final_post  p(yes)" in printed
     assert "5_mlp_out" in printed
+
+
+def test_an_extra_pass_has_a_cache_too(setting):
+    vlm, batch, trace, _ = setting("llava")
+    view = vlm._extra_pass(batch, [sites.resid_post()], [])
+    close(view.to_activation_cache()["resid_post", 1], trace.to_activation_cache()["resid_post", 1])
