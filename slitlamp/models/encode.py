@@ -78,7 +78,7 @@ def encode(
         raise InputError(
             "chat=True, but this processor has no chat template; pass chat=False and put the placeholders yourself"
         )
-    _check_images(loaded, texts, processor, family)
+    _check_prompts(loaded, texts, processor, family)
     given = loaded if family.text_only else [row_images or [_blank()] for row_images in loaded]
     rows = []
     for row, (text, row_images) in enumerate(zip(texts, loaded, strict=True)):
@@ -93,7 +93,7 @@ def encode(
         else:
             rows.append(text if placeholder is None else text.replace(placeholder, placeholder.join(family.around)))
 
-    processed = _process(processor, rows, given, per_prompt=family.images == "per prompt")
+    processed = _process(processor, rows, given, family)
     input_ids: Tensor = processed["input_ids"]
     image_mask = input_ids == anatomy.image_token_id
     cut = (
@@ -135,7 +135,7 @@ def encode(
     return batch if given is loaded else _without_blanks(batch)
 
 
-def _check_images(images: list[list[Image]], texts: list[str], processor: Any, family: Family) -> None:
+def _check_prompts(images: list[list[Image]], texts: list[str], processor: Any, family: Family) -> None:
     for row, (row_images, text) in enumerate(zip(images, texts, strict=True)):
         if family.max_images is not None and len(row_images) > family.max_images:
             raise InputError(
@@ -145,6 +145,12 @@ def _check_images(images: list[list[Image]], texts: list[str], processor: Any, f
             raise InputError(
                 f"prompt {row}: found the image token {str(processor.image_token)!r}; {family.name} puts the image before the "
                 "prompt by itself, so leave it out"
+            )
+        start = processor.tokenizer.bos_token
+        if family.own_tokens and start is not None and text.startswith(start):
+            raise InputError(
+                f"prompt {row} starts with the start token {start!r}, which is the decoder's alone; {family.name} reads the "
+                "prompt in another vocabulary too, so leave it out"
             )
 
 
@@ -214,14 +220,16 @@ def _chat(processor: Any, text: str, n_images: int, placeholder: str | None) -> 
     )
 
 
-def _process(processor: Any, texts: list[str], images: list[list[Image]], *, per_prompt: bool) -> Mapping[str, Any]:
+def _process(processor: Any, texts: list[str], images: list[list[Image]], family: Family) -> Mapping[str, Any]:
     tokenizer = processor.tokenizer
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("this processor's tokenizer has neither a padding nor an end token; set tokenizer.pad_token")
     options: dict[str, Any] = {"padding": len(texts) > 1, "padding_side": "left", "return_tensors": "pt"}
     start = tokenizer.bos_token
     has_start = [start is not None and text.startswith(start) for text in texts]
-    if any(has_start):
+    if family.adds_start:
+        options["add_special_tokens"] = False  # else a tokenizer that adds it too would make two of it
+    elif any(has_start):
         if not all(has_start):
             odd = has_start.index(not has_start[0])
             found = "has" if has_start[odd] else "lacks"
@@ -230,7 +238,7 @@ def _process(processor: Any, texts: list[str], images: list[list[Image]], *, per
             )
         options["add_special_tokens"] = False  # the chat template, or the user, has put it already
     flat = [image for of_prompt in images for image in of_prompt]
-    given = None if not flat else images if per_prompt else flat
+    given = None if not flat else images if family.images == "per prompt" else flat
     processed: Mapping[str, Any] = processor(text=texts, images=given, **options)
     return processed
 

@@ -88,6 +88,15 @@ def test_several_images_and_placeholders_are_refused(vlm, image):
         vlm.encode([image(0)], ["<image> what ?"])
 
 
+def test_the_start_token_is_left_to_the_tokenizers(image):
+    """InstructBLIP's Q-Former has a start token of its own."""
+    with pytest.raises(InputError, match="prompt 0 starts with the start token '<s>'"):
+        blip.build_instructblip().encode([image(0)], ["<s> what ?"])
+    vlm = blip.build_blip2()
+    written, added = (vlm.encode([image(0)], [text]).input_ids for text in ("<s> what ?", "what ?"))
+    assert torch.equal(written, added)
+
+
 def test_an_encoder_decoder_is_refused_by_name(vlm):
     config = copy.deepcopy(vlm.model.config)
     if not isinstance(config, Blip2Config):

@@ -22,7 +22,8 @@ class Eager:
         attentions: weights [batch, head, query, key] of every block, by Hugging Face's own flag.
         vision_hidden: the outputs of the vision tower's blocks.
         vision_attentions: weights of the vision tower's blocks, for towers whose attention returns them.
-        features: the image features that the model puts at its image tokens, [token, d_model]; None without images.
+        model: the copy.
+        final_norm: its norm after the last block.
     """
 
     def __init__(self, vlm: VLM, batch: Batch) -> None:
