@@ -11,6 +11,7 @@ import torch
 from contract import prompt
 from tiny_models import BUILDERS
 from transformers import modeling_flash_attention_utils as flash
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slitlamp.errors import UnsupportedError
 from slitlamp.tracing import sites
@@ -172,10 +173,21 @@ def call(vlm, **options):
     module = attention_of(vlm)
     states = torch.randn(1, 4, 6, 8)
     with observed({module: [Collect()]}):
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
         function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
         function(module, states, states, states, None, scaling=1.0, **options)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("n_queries", [1, 2])
+def test_queries_are_the_last_of_the_keys(n_queries, window, kernel):
+    """A cache longer than the window, as models have whose cache knows no window."""
+    module = attention_of(under("llava", NAME))
+    query, key = torch.randn(1, 4, n_queries, 8), torch.randn(1, 2, 6, 8)
+    collected = Collect()
+    with observed({module: [collected]}):
+        function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+        function(module, query, key, key, None, scaling=1.0, sliding_window=window)
+    torch.testing.assert_close(collected.weights[0][0], kernel.weights[0])
 
 
 def test_packing_that_cannot_be_followed_is_refused(kernel):
