@@ -66,6 +66,7 @@ class Family:
         aligned: inputs of the model that run along the positions besides the ids, [batch, position, ...], each with its
             value at generated tokens: a number, or "last" for that of the token before.
         images_first: whether the images stand before the prompt wherever it has no placeholders.
+        adds_start: whether the processor puts the start token into prompts that have none, besides what the tokenizer does.
         text_only: whether the processor takes prompts without an image. Where it does not, such a prompt is processed with
             a blank image, whose tokens and pixels are taken out again.
         always_pixels: whether the model runs its tower also where no prompt has an image, and must be given pixels then,
@@ -96,6 +97,7 @@ class Family:
     first_position: int | None = 0
     aligned: Mapping[str, int | Literal["last"]] = field(default_factory=dict)
     images_first: bool = False
+    adds_start: bool = False
     text_only: bool = True
     always_pixels: bool = False
     own_tokens: Mapping[str, str] = field(default_factory=dict)
@@ -234,6 +236,7 @@ FAMILIES: dict[str, Family] = {
             vision_tower="model.vision_model",
             images="per prompt",
             aligned={"cross_attention_mask": "last"},
+            adds_start=True,
             cross=mllama_cross_keys,
             notes="`attention` in self-attention layers, `cross_attention` in the others, which text without an image skips; "
             "tiles of an image see each other, and `vision_attention` gives the weights within a tile",

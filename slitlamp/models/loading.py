@@ -1,4 +1,4 @@
-"""Loading a processor where libraries are missing that only videos need."""
+"""Loading a processor, also where what is missing serves videos alone."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _LIBRARIES = ("torchvision", "num2words", "sentencepiece", "tiktoken")
 """What transformers does not require and some processors do; of each, its name for `import` and for pip."""
 
 _SAME_FOR_IMAGES = {"SmolVLMProcessor": "Idefics3Processor"}
-"""Processor classes whose own code cannot do without the libraries of videos -> those with the same tokens and pixels."""
+"""Processor classes that cannot do without their part for videos -> those that make the same tokens and pixels."""
 
 
 def load_processor(name: str | Path, **hub: Any) -> Any:
     """The processor of a model's images and texts, from a folder or a hub.
 
-    Hugging Face's `AutoProcessor` makes it. Where that fails for want of a library, and the library is one that only the
-    processor's part for videos needs, the processor is put together without that part: `processor.video_processor` is
-    None. It makes the same tokens and pixels of texts and images. That is logged; nothing is ever installed.
+    Hugging Face's `AutoProcessor` makes it. Where that fails and all but the processor's part for videos can be loaded, for
+    want of a library or of its file, it is put together without that part: `processor.video_processor` is None. It makes
+    the same tokens and pixels of texts and images. That is logged; nothing is ever installed.
 
     Args:
         name: folder or hub id.
@@ -33,17 +33,14 @@ def load_processor(name: str | Path, **hub: Any) -> Any:
     Raises:
         UnsupportedError: it needs a library that is not installed; the message names it.
         InputError: there is no processor, only a tokenizer or another of its parts.
-        OSError: no such folder or repository.
+        OSError: no such folder or repository, or no such file in it.
     """
     from transformers import AutoProcessor
 
     try:
         processor: Any = AutoProcessor.from_pretrained(name, **hub)
-    except (ImportError, ValueError) as error:
-        missing = _missing(error, name)
-        if not missing:
-            raise
-        processor = _without_videos(name, hub, missing, error)
+    except (ImportError, OSError, ValueError) as error:
+        processor = _without_videos(name, hub, error)
     if not hasattr(processor, "tokenizer"):
         raise InputError(
             f"a VLM needs the processor of its images and texts; found {type(processor).__name__} in {str(name)!r}. "
@@ -52,16 +49,15 @@ def load_processor(name: str | Path, **hub: Any) -> Any:
     return processor
 
 
-def _without_videos(name: str | Path, hub: dict[str, Any], missing: list[str], error: Exception) -> Any:
+def _without_videos(name: str | Path, hub: dict[str, Any], error: Exception) -> Any:
     """The processor without its part for videos.
 
     Args:
         name, hub: as of `load_processor`.
-        missing: the libraries that are not installed.
-        error: what came of the whole processor.
+        error: what came of the whole processor; raised again where leaving that part out is no remedy.
 
     Raises:
-        UnsupportedError: it has no such part, or needs one of the libraries without it too.
+        UnsupportedError: what is left needs a library that is not installed.
     """
     import transformers
 
@@ -78,7 +74,7 @@ def _without_videos(name: str | Path, hub: dict[str, Any], missing: list[str], e
         own = {"video_processor": None, "get_attributes": classmethod(lambda cls: list(attributes))}
         without: Any = type(used, (processor_class,), own)
         processor = without.from_pretrained(name, **hub)
-    except (ImportError, ValueError) as reason:
+    except (ImportError, OSError, ValueError) as reason:
         libraries = _missing(reason, name)
         if not libraries:
             raise
@@ -89,11 +85,11 @@ def _without_videos(name: str | Path, hub: dict[str, Any], missing: list[str], e
     if used != named:  # a text with a video is refused, as by the class itself
         processor.video_token = getattr(processor.tokenizer, "video_token", "<video>")
     logger.info(
-        "%s: %s is not installed, so its processor (%s%s) is loaded without the part for videos",
+        "%s: its processor (%s%s) is loaded without the part for videos: %s",
         name,
-        " and ".join(missing),
         named,
         "" if used == named else f", as {used}",
+        " and ".join(_missing(error, name)) + " not installed" if _missing(error, name) else error,
     )
     return processor
 
