@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slitlamp.errors import InputError, StoreError, unknown
 from slitlamp.tracing.sites import Site
-from slitlamp.tracing.store_format import Shard, read_indices, read_manifest, sha256_of
+from slitlamp.tracing.store_format import Shard, checksum_of, read_indices, read_manifest
 from slitlamp.tracing.store_manifest import sites_of
 from slitlamp.tracing.store_records import StoredSite
 from slitlamp.tracing.trace import _layer_of
@@ -107,7 +107,7 @@ class Store:
         return site if found is None else cast(StoredSite, site[found[1]])  # as a trace does
 
     def verify(self) -> dict[str, str]:
-        """Read every shard in full and compare its SHA-256.
+        """Read every shard in full and compare its CRC-32.
 
         Returns:
             What is wrong, by name of the shard or index line, with what opening found; empty if nothing is.
@@ -115,12 +115,12 @@ class Store:
         wrong = dict(self.damaged)
         for shard in self._shards:
             try:
-                found = sha256_of(self.folder / shard.file)
+                found = checksum_of(self.folder / shard.file)
             except OSError as error:
                 wrong[shard.file] = f"the file cannot be read: {error.strerror}"
                 continue
-            if found != shard.sha256:
-                wrong[shard.file] = "its bytes have changed since it was written (SHA-256 differs)"
+            if found != shard.crc32:
+                wrong[shard.file] = "its bytes have changed since it was written (CRC-32 differs)"
         return wrong
 
     # -- for records ------------------------------------------------------------------------------------------------

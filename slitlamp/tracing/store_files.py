@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from slitlamp.errors import InputError, StoreError
-from slitlamp.tracing.store_format import MANIFEST, PARTIAL, read_manifest
+from slitlamp.tracing.store_format import MANIFEST, PARTIAL, Checksum, read_manifest
 
-_CHUNK = 16 << 20
+_CHUNK = 4 << 20
+_BEHIND = 8
+"""How many chunks the checksum may be behind the writing; joined small parts stay in memory so long."""
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -138,10 +140,11 @@ def write_shard(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str,
     """Write tensors as a safetensors file that is whole or absent.
 
     The file is what `safetensors.torch.save_file` would write; that function needs every tensor in one piece, which would take
-    the memory of the shard once more. SHA-256 is computed in a second thread while a chunk is written.
+    the memory of the shard once more. The checksum is computed in a second thread, meanwhile. It is there to find damage, for
+    which CRC-32 will do: it takes 0.15 s per GB where SHA-256 takes 0.5 s, and 2.5 s on processors without instructions for it.
 
     Returns:
-        The size of the file and its SHA-256.
+        The size of the file and its CRC-32.
 
     Raises:
         StoreError: the file cannot be written; nothing of it is left.
@@ -149,28 +152,31 @@ def write_shard(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str,
     # as safetensors does: wide numbers first, so that every tensor is aligned
     ordered = dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
     temporary = path.with_name(f".{path.name}{PARTIAL}")
-    digest = hashlib.sha256()
     header = _header(ordered, metadata)
+    size, checksum = len(header), Checksum()
+    checksum.update(memoryview(header))
     with _explained(path), ThreadPoolExecutor(1) as pool:
         try:
+            behind: deque[Future[None]] = deque()
             with temporary.open("wb", buffering=0) as stream:
                 _write(stream.fileno(), memoryview(header))
-                digest.update(header)
-                size = len(header)
                 for entry in ordered.values():
                     for chunk in _chunks(entry.parts):
-                        view = memoryview(chunk.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy says no Buffer before 3.12
-                        hashed = pool.submit(digest.update, view)
+                        view = memoryview(chunk.view(torch.uint8).numpy())  # type: ignore[arg-type]  # no Buffer before 3.12
+                        behind.append(pool.submit(checksum.update, view))
                         _write(stream.fileno(), view)
-                        hashed.result()
                         size += len(view)
+                        if len(behind) > _BEHIND:
+                            behind.popleft().result()
                 os.fsync(stream.fileno())
+            while behind:
+                behind.popleft().result()
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
-    return size, digest.hexdigest()
+    return size, str(checksum)
 
 
 def open_locked(path: Path) -> int:

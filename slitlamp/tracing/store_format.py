@@ -2,7 +2,7 @@
 
     manifest.json                     what was recorded, of which model: written once
     shard-0-00000.safetensors         recordings of some items
-    index-0.jsonl                     a line per shard of writer 0: its items, its bytes, its SHA-256
+    index-0.jsonl                     a line per shard of writer 0: its items, its bytes, its CRC-32
 
 A shard gets its name when it is whole and on the disk, and its line after that: a shard without a line, and a line without its
 end, are what a killed process leaves behind, and count for nothing.
@@ -10,9 +10,9 @@ end, are what a killed process leaves behind, and count for nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,7 +48,7 @@ class Shard:
         file: name of the shard.
         ids: its items, in order.
         size: of the file, in bytes.
-        sha256: of the file.
+        crc32: of the file.
         sites: by label.
         run: what all runs of a store must share: whether they generated, and the interventions in force.
     """
@@ -56,7 +56,7 @@ class Shard:
     file: str
     ids: tuple[str, ...]
     size: int
-    sha256: str
+    crc32: str
     sites: Mapping[str, ShardSite]
     run: Mapping[str, Any] = field(default_factory=dict)
 
@@ -160,7 +160,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+class Checksum:
+    """CRC-32 of bytes that come in pieces; as text, eight hexadecimal digits."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: memoryview) -> None:
+        """Take in the next piece."""
+        self._value = zlib.crc32(data, self._value)
+
+    def __str__(self) -> str:
+        return f"{self._value:08x}"
+
+
+def checksum_of(path: Path) -> str:
+    """The checksum of a file."""
+    checksum, buffer = Checksum(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
+            checksum.update(buffer[:size])
+    return str(checksum)

@@ -59,7 +59,7 @@ class StoreOptions:
 
     path: Path | str
     writer: str | int = 0
-    shard_bytes: int = 256_000_000
+    shard_bytes: int = 50_000_000
     expected_items: int | None = None
     hash_weights: bool = True
 
@@ -226,13 +226,13 @@ class StoredTrace(Trace):
         entries, metadata, sites = tensors(self._runs, self.sites, self._dtypes, self._source.model.dtype)
         ids = tuple(one for run in self._runs for one in run.ids)
         try:
-            size, sha256 = write_shard(self._folder / file, entries, metadata)
+            size, crc32 = write_shard(self._folder / file, entries, metadata)
             self._runs, self._nbytes = (
                 [],
                 0,
             )  # before its line: an interrupt in between leaves items out, never in twice
             self._number += 1
-            append_line(self._handle, self._index, Shard(file, ids, size, sha256, sites, self._run or {}).line())
+            append_line(self._handle, self._index, Shard(file, ids, size, crc32, sites, self._run or {}).line())
         except StoreError as error:
             self._failed = str(error)
             raise
