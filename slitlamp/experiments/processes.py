@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from slitlamp.errors import RunFolderError
@@ -28,6 +29,8 @@ BEAT = 2.0
 """Seconds between two signs of life of a process."""
 PATIENCE = 300.0
 """Seconds without a sign of life after which a process is given up."""
+MEETING = 600.0
+"""Seconds in which all processes have to come to the start of a run."""
 _PARTING = 20.0
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -211,7 +214,8 @@ def started_together() -> Iterator[Processes]:
         return
     from accelerate import PartialState
 
-    state = PartialState(cpu=_on_cpu())
+    with _meeting():
+        state = PartialState(cpu=_on_cpu(), timeout=timedelta(seconds=MEETING))
     rank, size = int(state.process_index), int(state.num_processes)
     if size != n_processes():
         raise RunFolderError(
@@ -238,13 +242,20 @@ def _shared_store(state: PartialState) -> Any:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    try:
+    with _meeting():
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if state.is_main_process else None
         port = torch.tensor([0 if store is None else store.port], device=state.device)
         port = broadcast(port)
         return store or TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """What torch says when a process does not come, in our words."""
+    try:
+        yield
     except RuntimeError as error:
         raise RunFolderError(
-            f"the processes of this run did not find each other ({str(error).splitlines()[0]}); every process has to run "
-            "the experiment, not the first alone"
+            f"the processes of this run did not find each other within {MEETING:.0f} s "
+            f"({str(error).strip().splitlines()[0][:200]}); every process has to run the experiment, not the first alone"
         ) from error

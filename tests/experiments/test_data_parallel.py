@@ -233,6 +233,13 @@ def test_the_first_process_is_killed(make: Make, tmp_path: Path) -> None:
     assert "process 0 of 2, which the others report to, has ended" in said
 
 
+def test_a_process_that_does_not_come(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "MEETING", 2.0)
+    (zero, said), (one, _) = together(lambda rank: make("lonely").run() if rank == 0 else None, 2, tmp_path)
+    assert (zero, one) == (1, 0)
+    assert said.startswith("RunFolderError: the processes of this run did not find each other within 2 s")
+
+
 def test_units_that_do_not_arrive_are_missed(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that the other process writes to and this one does not see: no table is made from a part of the items."""
     monkeypatch.setattr("slitlamp.experiments.runner.VISIBLE", 0.5)
