@@ -195,7 +195,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], choices=[*CASES, *CONTESTANTS], metavar="NAME")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--budget", type=float, default=12.0, help="seconds of timing per pair, beyond five rounds")
+    parser.add_argument("--budget", type=float, default=8.0, help="seconds of timing per pair, beyond five rounds")
     parser.add_argument("--rounds", type=int, default=40, help="most rounds per pair")
     parser.add_argument("--memory-limit", type=float, default=0.6, help="share of the memory that a recorder may need")
     parser.add_argument("--output", type=Path, help="folder of the results; of a whole run benchmarks/results")
