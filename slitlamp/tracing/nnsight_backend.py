@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -222,12 +223,14 @@ def _by_value(remote: bool | str) -> Iterator[None]:
 
     import slitlamp
 
+    path = list(sys.path)  # a rehearsal takes folders out and puts them back at the end
     before = slitlamp.__name__ in cloudpickle.list_registry_pickle_by_value()
     if not before:
         cloudpickle.register_pickle_by_value(slitlamp)
     try:
         yield
     finally:
+        sys.path[:] = path
         if not before and slitlamp.__name__ in cloudpickle.list_registry_pickle_by_value():
             cloudpickle.unregister_pickle_by_value(slitlamp)
 

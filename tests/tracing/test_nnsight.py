@@ -178,11 +178,18 @@ def test_sampling_here(build):
 
 
 def state_of(vlm):
-    """What a run must leave as it was: attributes of modules and of the processor, configuration, storage of weights."""
+    """What a run must leave as it was: where Python looks for modules, attributes of modules and of the processor, configuration, storage of weights."""
     modules = [(id(module), sorted(module.__dict__), len(module._forward_hooks)) for module in vlm.model.modules()]
     weights = [(name, one.data_ptr(), one._version) for name, one in vlm.model.named_parameters()]
     processor = [sorted(vlm.processor.__dict__), sorted(vlm.tokenizer.__dict__), vlm.tokenizer.padding_side]
-    return modules, weights, processor, vlm.model.config.to_dict(), vlm.model.generation_config.to_dict()
+    return (
+        list(sys.path),
+        modules,
+        weights,
+        processor,
+        vlm.model.config.to_dict(),
+        vlm.model.generation_config.to_dict(),
+    )
 
 
 @pytest.mark.parametrize("remote", [False, "local"])
@@ -261,6 +268,7 @@ def server_fixture(folder, build, monkeypatch):
         model = TransformersModel(
             copy.deepcopy(own.model), task="image-text-to-text", processor=copy.deepcopy(own.processor), device="cpu"
         )
+        path = list(sys.path)
         hidden = LocalSimulationBackend._hide_local_modules(LocalSimulationBackend(model))
         left = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "slitlamp"}
         hidden["modules"].update(left)  # it leaves what has "nnsight" in its name
@@ -269,6 +277,7 @@ def server_fixture(folder, build, monkeypatch):
             rebuilt = RequestModel.deserialize(blob, known, request.compress, Reader)
         finally:
             LocalSimulationBackend._restore(None, hidden)
+            sys.path[:] = path
         requests.append((backend, request, blob, set(modules)))
         rebuilt.execute(rebuilt.info.code)
         return {"found": rebuilt.info.frame.f_locals["found"]}
