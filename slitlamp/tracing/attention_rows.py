@@ -24,7 +24,7 @@ QueryRows = Tensor | slice
 """Query rows: int64 [row, chosen], or a slice that is the same in every row of the batch."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class AttentionCall:
     """One call of the attention function by an attention module.
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +69,8 @@ class _Watch:
             observer.see(call)
 
 
-_observers: WeakKeyDictionary[nn.Module, _Watch] = WeakKeyDictionary()
+_observers: dict[int, _Watch] = {}
+"""By the identity of the watched module, for as long as `observed` holds it."""
 
 
 def _refuse(module: nn.Module, options: Mapping[str, Any], names: Mapping[str, str]) -> None:
@@ -83,15 +83,17 @@ def _refuse(module: nn.Module, options: Mapping[str, Any], names: Mapping[str, s
 
 
 _SINKS = {"s_aux": "attention sinks", "cache": "a paged cache"}
+_NOT_UNDER_SDPA = {**_SINKS, "position_bias": "a position bias"}
+_NOT_UNDER_FLASH = {**_SINKS, "block_table": "a paged cache"}
 
 
 def _tapped_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> Output:
     output: Output = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
-    watch = _observers.get(module)
+    watch = _observers.get(id(module))
     if watch is not None:
-        _refuse(module, options, {**_SINKS, "position_bias": "a position bias"})
+        _refuse(module, options, _NOT_UNDER_SDPA)
         causal = options.get("is_causal")
         causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
         is_causal = causal and attention_mask is None and query.shape[2] > 1
@@ -138,9 +140,9 @@ def _tapped_flash(
     # the kernel is looked up by the name in the module's configuration
     renamed = _Renamed(module, config=_Renamed(module.config, _attn_implementation=name))
     output: Output = ALL_ATTENTION_FUNCTIONS[name](renamed, query, key, value, attention_mask, **options)
-    watch = _observers.get(module)
+    watch = _observers.get(id(module))
     if watch is not None:
-        _refuse(module, options, {**_SINKS, "block_table": "a paged cache"})
+        _refuse(module, options, _NOT_UNDER_FLASH)
         causal = options.get("is_causal")
         causal = bool(module.is_causal) if causal is None else bool(causal)
         window = options.get("sliding_window")
@@ -239,7 +241,7 @@ def _tapped_eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> Output:
     eager: Callable[..., tuple[Tensor, Tensor]] = _own_eager(cast("Any", type(module)))
-    watch = _observers.get(module)
+    watch = _observers.get(id(module))
     n_queries = query.shape[2]
 
     def run(rows: QueryRows, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -334,7 +336,7 @@ def observed(observers: Mapping[nn.Module, Sequence[Observer]]) -> Iterator[None
     hooks = []
 
     def over(module: nn.Module, args: Any, output: Any) -> None:
-        watch = _observers[module]
+        watch = _observers[id(module)]
         if watch.calls == 0:
             raise UnsupportedError(
                 f"{type(module).__name__} did not call transformers' attention interface, so its attention cannot be "
@@ -344,7 +346,7 @@ def observed(observers: Mapping[nn.Module, Sequence[Observer]]) -> Iterator[None
         for observer in watch.observers:
             observer.end()
 
-    before = {module: _observers.get(module) for module in observers}
+    before = {module: _observers.get(id(module)) for module in observers}
     try:
         for module in observers:
             config = getattr(module, "config", None)
@@ -354,7 +356,7 @@ def observed(observers: Mapping[nn.Module, Sequence[Observer]]) -> Iterator[None
             held.append(config)
         for module, functions in observers.items():
             earlier = before[module]
-            _observers[module] = _Watch([*(earlier.observers if earlier else ()), *functions])
+            _observers[id(module)] = _Watch([*(earlier.observers if earlier else ()), *functions])
             if earlier is None:  # else the outer one's hook does
                 hooks.append(module.register_forward_hook(over))
         yield
@@ -363,8 +365,8 @@ def observed(observers: Mapping[nn.Module, Sequence[Observer]]) -> Iterator[None
             hook.remove()
         for module, earlier in before.items():
             if earlier is None:
-                _observers.pop(module, None)
+                _observers.pop(id(module), None)
             else:
-                _observers[module] = earlier
+                _observers[id(module)] = earlier
         for config in held:
             _let_go(config)

@@ -123,6 +123,7 @@ class LateAttention:
         self._choose = choose
         self._store = store
         self._seen: dict[str, tuple[Site, dict[int, AttentionCall]]] = {}
+        self._by_head: dict[str, Site] = {}
 
     def remember(self, site: Site, layer: int, call: AttentionCall) -> None:
         """A module calls attention."""
@@ -146,7 +147,9 @@ class LateAttention:
         with torch.no_grad():
             weights = decode_rows(some, site.heads)  # [row, layer, head, query, key]
             n_heads = weights.shape[2]
-            gathered = Gathered(replace(site, reduce_heads=None), chosen)
+            if site.label not in self._by_head:
+                self._by_head[site.label] = replace(site, reduce_heads=None)
+            gathered = Gathered(self._by_head[site.label], chosen)
             gathered.add(weights.flatten(1, 2), slice(None), slice(0, 1))
             taken = gathered.result()
             if taken is None:

@@ -67,11 +67,24 @@ def _all_finite(tensors: list[Tensor]) -> bool:
     that a false answer needs a closer look.
     """
     sums: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for one in tensors:
+    for one in _whole(tensors):
         if one.is_floating_point():
             wide = torch.float64 if one.dtype == torch.float64 else torch.float32
             sums.setdefault((one.device, wide), []).append(one.detach().sum(dtype=wide))
     return all(bool(torch.stack(of).isfinite().all()) for of in sums.values())
+
+
+def _whole(tensors: list[Tensor]) -> Iterator[Tensor]:
+    """The same values in fewer tensors: recordings that are the parts of one tensor (the layers of a decode step) as that."""
+    parts: dict[int, list[Tensor]] = {}
+    for one in tensors:
+        parts.setdefault(id(one if one._base is None else one._base), []).append(one)
+    for of in parts.values():
+        base = of[0]._base
+        if base is not None and len(of) > 1 and sum(one.numel() for one in of) == base.numel():
+            yield base
+        else:
+            yield from of
 
 
 def _places(trace: Trace) -> Iterator[str]:
