@@ -250,7 +250,7 @@ def _encoded(inspected: Inspection, revision: str | None, image_size: tuple[int,
     import PIL.Image
 
     from slitlamp.models.encode import encode
-    from slitlamp.models.loading import load_processor
+    from slitlamp.models.loading import complete, load_processor
     from slitlamp.tracing.sizes import ItemSize
 
     if Path(inspected.name).is_file():
@@ -261,6 +261,7 @@ def _encoded(inspected: Inspection, revision: str | None, image_size: tuple[int,
     except (OSError, ValueError, ImportError, TypeError) as error:
         return f"it cannot be loaded ({str(error).strip().splitlines()[0][:120]})"
     anatomy, config = inspected.anatomy, inspected.model.config
+    complete(processor, config, has_cls=anatomy.has_cls)
     prompt = "Describe this image in detail."
     if anatomy.family.placeholder is not None and not getattr(processor, "chat_template", None):
         prompt = f"{getattr(processor, anatomy.family.placeholder)} {prompt}"

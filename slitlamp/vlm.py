@@ -18,7 +18,7 @@ from slitlamp.decoding.intervention import Intervention, RunContext, in_order
 from slitlamp.errors import InputError, UnsupportedError, unknown
 from slitlamp.models import Anatomy, Batch, family_of, read_anatomy
 from slitlamp.models.encode import encode
-from slitlamp.models.loading import load_processor
+from slitlamp.models.loading import complete, load_processor
 from slitlamp.models.placement import input_device, weights
 from slitlamp.tracing import Edit, Probe, Site, Trace, check_sites, session
 from slitlamp.tracing.gradients import Scalar
@@ -138,6 +138,7 @@ class VLM:
         if device is not None:
             model.to(device)  # type: ignore[arg-type]  # its decorator loses the signature
         vlm = cls(model.eval(), processor, str(name))
+        complete(processor, model.config, has_cls=vlm.anatomy.has_cls)
         vlm.revision = revision
         return vlm
 
@@ -166,6 +167,7 @@ class VLM:
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
         model.name_or_path = name
         vlm = cls(model.eval(), load_processor(name, **hub), name)
+        complete(vlm.processor, config, has_cls=vlm.anatomy.has_cls)
         vlm.revision = revision
         return vlm
 

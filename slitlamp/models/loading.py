@@ -1,4 +1,4 @@
-"""Loading a processor, also where what is missing serves videos alone."""
+"""Loading a processor, also where its part for videos cannot be loaded or old files leave something out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import contextlib
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slitlamp.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +95,31 @@ def _without_videos(name: str | Path, hub: dict[str, Any], error: Exception) -> 
         " and ".join(_missing(error, name)) + " not installed" if _missing(error, name) else error,
     )
     return processor
+
+
+def complete(processor: Any, config: PreTrainedConfig, *, has_cls: bool) -> None:
+    """Set what a processor's files leave out and the model's configuration says; that is logged.
+
+    Files of before transformers 4.46 do not say how many tokens an image becomes: `patch_size`,
+    `vision_feature_select_strategy` and `num_additional_image_tokens` of LLaVA, `num_query_tokens` of BLIP-2.
+
+    Args:
+        processor: changed in place.
+        config: of the model.
+        has_cls: whether the tower has a CLS token.
+    """
+    said = {
+        "patch_size": getattr(config.vision_config, "patch_size", None),
+        "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", "default"),
+        "num_query_tokens": getattr(config, "num_query_tokens", None),
+    }
+    found = {name: value for name, value in said.items() if value is not None and getattr(processor, name, 0) is None}
+    if "patch_size" in found and has_cls:
+        found["num_additional_image_tokens"] = 1
+    for name, value in found.items():
+        setattr(processor, name, value)
+    if found:
+        logger.info("%s: taken from the model's configuration: %s", type(processor).__name__, found)
 
 
 def _class_name(name: str | Path, hub: dict[str, Any]) -> str | None:

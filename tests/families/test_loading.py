@@ -29,7 +29,14 @@ from slitlamp.vlm import VLM
 
 INSTALLED = {name for name in ("torchvision", "num2words") if importlib.util.find_spec(name)}
 NEEDS_TORCHVISION = {"mistral3": "PixtralProcessor", "llava pixtral": "PixtralProcessor", "llama4": "Llama4Processor"}
-WITH_VIDEOS = ("llava_onevision", "internvl", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+WITH_VIDEOS = {
+    "llava_onevision": "LlavaOnevisionVideoProcessor",
+    "internvl": "InternVLVideoProcessor",
+    "smolvlm": "SmolVLMVideoProcessor",
+    "qwen2_vl": "Qwen2VLVideoProcessor",
+    "qwen2_5_vl": "Qwen2VLVideoProcessor",
+    "qwen3_vl": "Qwen3VLVideoProcessor",
+}
 WITHOUT_TEMPLATE = ("blip-2", "instructblip", "paligemma", "paligemma gemma2")
 FAST = ("internvl", "mistral3", "qwen3_vl", "llama4")
 """Repositories that name the image processor by its former fast class."""
@@ -78,7 +85,7 @@ def save_as_on_the_hub(vlm: VLM, folder: Path, name: str, *, legacy_template: bo
     of_images |= {"image_processor_type": image_class + "Fast" * (name in FAST), "processor_class": processor_class}
     (folder / "preprocessor_config.json").write_text(json.dumps(of_images))
     if name in WITH_VIDEOS:
-        of_videos = {"video_processor_type": "VideoProcessor", "processor_class": processor_class}
+        of_videos = {"video_processor_type": WITH_VIDEOS[name], "processor_class": processor_class}
         (folder / "video_preprocessor_config.json").write_text(json.dumps(of_videos))
     if not name.startswith("qwen"):
         own = {one: getattr(processor, one) for one in OF_PROCESSOR if getattr(processor, one, None) is not None}
@@ -93,6 +100,7 @@ def save_as_on_the_hub(vlm: VLM, folder: Path, name: str, *, legacy_template: bo
 
 
 LOADABLE = [name for name in BUILDERS if name not in NEEDS_TORCHVISION or "torchvision" in INSTALLED]
+LOADABLE = [name for name in LOADABLE if name != "llama4"]  # whose tiny model has a stand-in for the image processor
 
 
 @dataclass
@@ -162,9 +170,10 @@ def test_a_folder_loads_in_bfloat16(saved):
 
 @pytest.mark.parametrize("name", list(NEEDS_TORCHVISION))
 def test_a_processor_that_needs_torchvision_says_so_before_the_weights_are_loaded(name, tmp_path, monkeypatch):
-    folder = save_as_on_the_hub(BUILDERS[name](), tmp_path, name)
+    vlm = BUILDERS[name]()
+    folder = save_as_on_the_hub(vlm, tmp_path, name)
     if "torchvision" in INSTALLED:
-        assert VLM.from_pretrained(folder).processor.image_processor is not None
+        assert VLM.from_pretrained(folder).weights_hash == vlm.weights_hash
         return
     monkeypatch.setattr(
         AutoModelForImageTextToText, "from_pretrained", lambda *given, **options: pytest.fail("weights")
@@ -184,12 +193,12 @@ def test_what_a_model_is_can_be_read_from_its_configuration_alone(name, tmp_path
     assert found.sections()
 
 
-@pytest.mark.parametrize("name", WITH_VIDEOS)
+@pytest.mark.parametrize("name", list(WITH_VIDEOS))
 def test_the_part_for_videos_is_left_out_with_a_word_and_the_rest_is_saved(name, tmp_path, caplog):
     folder = save_as_on_the_hub(BUILDERS[name](), tmp_path / "first", name)
     with caplog.at_level(logging.INFO, logger="slitlamp"):
         processor = load_processor(folder)
-    if {"torchvision", "num2words"} <= INSTALLED:
+    if {"torchvision", *(["num2words"] if name == "smolvlm" else [])} <= INSTALLED:
         assert processor.video_processor is not None
         return
     assert "is loaded without the part for videos" in caplog.text
@@ -217,6 +226,20 @@ def test_smolvlm_is_encoded_as_by_its_own_processor(size, tmp_path):
     assert torch.equal(again.input_ids, own.input_ids)
     for key, value in own.extra.items():
         close(again.extra[key].float(), value.float(), 0.0 if "torchvision" not in INSTALLED else 0.1)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava siglip", "llava_next", "vipllava", "blip-2", "instructblip"])
+def test_files_that_do_not_say_how_many_tokens_an_image_becomes_are_completed(name, tmp_path, caplog):
+    """As saved before transformers 4.46: no processor_config.json."""
+    vlm = BUILDERS[name]()
+    folder = save_as_on_the_hub(vlm, tmp_path, name)
+    (folder / "processor_config.json").unlink()
+    with caplog.at_level(logging.INFO, logger="slitlamp"):
+        loaded = VLM.from_pretrained(folder)
+    assert "taken from the model's configuration" in caplog.text
+    own, again = encode(vlm, pictures_of(vlm)), encode(loaded, pictures_of(vlm))
+    assert torch.equal(again.input_ids, own.input_ids)
+    assert loaded.forward(again).logits.isfinite().all()
 
 
 def test_a_folder_without_a_processor_is_an_error_that_says_so(llava, tmp_path):
