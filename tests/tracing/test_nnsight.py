@@ -178,7 +178,7 @@ def test_sampling_here(build):
 
 
 def state_of(vlm):
-    """What a run must leave as it was: where Python looks for modules, attributes of modules and of the processor, configuration, storage of weights."""
+    """What a run must leave as it was: the module path, attributes of modules and processor, configuration, weights."""
     modules = [(id(module), sorted(module.__dict__), len(module._forward_hooks)) for module in vlm.model.modules()]
     weights = [(name, one.data_ptr(), one._version) for name, one in vlm.model.named_parameters()]
     processor = [sorted(vlm.processor.__dict__), sorted(vlm.tokenizer.__dict__), vlm.tokenizer.padding_side]
