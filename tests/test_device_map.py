@@ -237,6 +237,59 @@ def test_masks_follow_the_values(pair: VLM, llava: VLM, image: Callable[..., Any
         assert torch.equal(found[name], value) if isinstance(value, Tensor) else found[name] == value, name
 
 
+TOWER_IN_ONE_PIECE = ("vipllava", "mllama")
+"""Models that put the states of several layers of the tower together, without moving them."""
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_every_family_on_three_devices(name: str, image: Callable[..., Any]) -> None:
+    """Every site of every family, forward and decoding, with the tower's later blocks and the decoder's on other devices."""
+    vlm = BUILDERS[name]()
+    one = vlm.anatomy
+    placeholder = one.family.placeholder
+    before = "" if placeholder is None else f"{getattr(vlm.processor, placeholder)} "
+    sites = [
+        Site(site, queries="all", keys="image" if site == "cross_attention" else "all", label=site)
+        for site in one.places
+    ]
+    sites += [
+        Site(site, positions="image", reduce="mean", label=f"{site} mean") for site in ("resid_post", "z", "mlp_pre")
+    ]
+
+    def recorded(vlm: VLM) -> dict[Any, Any]:
+        batch = vlm.encode(
+            images=[image(0, 40, 24), image(1, 20, 20)], prompts=[f"{before}is there", f"{before}a dog in"]
+        )
+        with vlm.trace(*sites) as forward:
+            vlm.forward(batch)
+        with vlm.trace(*(site for site in sites if site.name != "logits")) as decoding:
+            generation = vlm.generate(batch, max_new_tokens=3)
+        found: dict[Any, Any] = {"tokens": generation.tokens}
+        for trace in (forward, decoding):
+            found |= {
+                (trace.decoding, label, n): one for label in trace.sites for n, one in trace.record(label).items()
+            }
+        for label in forward.sites:
+            if forward.record(label).layers:
+                assert forward.record(label).stack().device == forward.mask(label).device
+        return found
+
+    expected = recorded(vlm)
+    model = copy.deepcopy(vlm.model)
+    later = [*one.blocks[1:], one.modules["final_norm"]]
+    if model.get_submodule(one.modules["head"]).weight is not model.get_input_embeddings().weight:
+        later.append(one.modules["head"])
+    tower = [one.modules["vision_tower"]] if name in TOWER_IN_ONE_PIECE else list(one.vision_blocks[1:])
+    dispatch(model, dict.fromkeys(later, "cuda:1") | dict.fromkeys(tower, "cuda:2"))
+    with PretendDevices():
+        found = recorded(VLM.wrap(model, vlm.processor))
+        assert {value.device.index for value in found.values() if isinstance(value, Tensor)} == {None, 1, 2}
+        found = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in found.items()}
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value, key
+
+
 def test_stacked_layers_of_two_devices(pair: VLM, image: Callable[..., Any]) -> None:
     with PretendDevices():
         with pair.trace(sl.sites.resid_post(positions="image")) as trace:

@@ -94,7 +94,7 @@ class Calls:
             )
         if self.number > 0:
             if len(self.end_tokens):
-                ended = (inputs[:, 0, None] == self.end_tokens[None, :]).any(dim=1).tolist()
+                ended = (inputs[:, 0, None].to(self.end_tokens.device) == self.end_tokens[None, :]).any(dim=1).tolist()
                 self._alive = tuple(alive and not over for alive, over in zip(self._alive, ended, strict=True))
             self._fed.append(self._alive_mask())
 

@@ -75,12 +75,18 @@ class PretendDevices(TorchFunctionMode):
 
 
 def dispatch(model: nn.Module, places: dict[str, str]) -> None:
-    """Put modules on devices and move what is given to them there, as accelerate's hooks do around `forward`."""
-    for path, device in places.items():
-        module = model.get_submodule(path)
-        for weight in (*module.parameters(), *module.buffers()):
-            weight._pretended = torch.device(device)  # type: ignore[attr-defined]
-        module.forward = _moving(module.forward, torch.device(device))  # type: ignore[method-assign]
+    """Put modules on devices (all others on the CPU) and move what is given to a module to where it is, as accelerate's hooks
+    do around the `forward` of every module that has weights.
+    """
+    for path, module in list(model.named_modules()):
+        parts = path.split(".")
+        above = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        device = torch.device(next((places[one] for one in above if one in places), "cpu"))
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        for weight in own:
+            weight._pretended = device  # type: ignore[attr-defined]
+        if own or path in places:
+            module.forward = _moving(module.forward, device)  # type: ignore[method-assign]
     model.forward = _moving(model.forward, CPU, after=True)  # type: ignore[method-assign]
 
 
