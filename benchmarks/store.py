@@ -48,6 +48,7 @@ RESULTS = Path(__file__).parent / "results"
 ROWS = 16
 WIDTH = 4096
 LAYERS = tuple(range(8))
+CPU = torch.device("cpu")
 
 
 # -- throughput ---------------------------------------------------------------------------------------------------------
@@ -119,10 +120,14 @@ def batches(vlm: sl.VLM, runs: Runs) -> Iterator[Batch]:
         yield dataclasses.replace(one, ids=tuple(f"{run}/{row}" for row in range(rows)))
 
 
-def fill(vlm: sl.VLM, runs: Runs, options: sl.StoreOptions) -> None:
-    """Give the runs to a store as a session does."""
-    trace = StoredTrace(runs.sites, options, Source(vlm.model, vlm.anatomy, vlm.tokenizer), name="none")
-    for batch, step in zip(batches(vlm, runs), runs.steps, strict=True):
+def opened(vlm: sl.VLM, runs: Runs, folder: Path) -> StoredTrace:
+    """A store for the runs."""
+    return StoredTrace(runs.sites, sl.StoreOptions(folder), Source(vlm.model, vlm.anatomy, vlm.tokenizer), name="none")
+
+
+def fill(trace: StoredTrace, runs: Runs, batches: list[Batch]) -> None:
+    """Give the runs to a store as a session does, and close it."""
+    for batch, step in zip(batches, runs.steps, strict=True):
         trace.admit(batch)
         trace.start(batch, decoding=False)
         trace.steps = [step]
@@ -152,35 +157,34 @@ def bare(shards: list[dict[str, Tensor]], folder: Path) -> None:
 def throughput(vlm: sl.VLM, make: Callable[[int], Runs], n_runs: int, folder: Path, rounds: int) -> dict[str, float]:
     """GB/s of both and their ratio, with its interval."""
     runs = make(n_runs)
-    fill(vlm, runs, sl.StoreOptions(folder / "first"))
+    of_runs = list(batches(vlm, runs))
+    fill(opened(vlm, runs, folder / "first"), runs, of_runs)
     assert sl.open_store(folder / "first").verify() == {}
     shards = joined(folder / "first")
-    shutil.rmtree(folder / "first")
 
-    def fresh(name: str, work: Callable[[Path], None]) -> Callable[[], None]:
-        def run() -> None:
-            (folder / name).mkdir()
-            work(folder / name)
-
-        return run
-
-    def timed(function: Callable[[], None]) -> float:
-        spent = measure.seconds(function, torch.device("cpu"))
-        for path in folder.iterdir():  # the time of deleting is nobody's
+    def empty() -> None:
+        for path in folder.iterdir():
             shutil.rmtree(path)
         os.sync()
-        return spent
 
-    store = fresh("store", lambda path: fill(vlm, runs, sl.StoreOptions(path)))
-    plain = fresh("bare", lambda path: bare(shards, path))
+    def store() -> float:
+        empty()
+        trace = opened(vlm, runs, folder / "store")
+        return measure.seconds(lambda: fill(trace, runs, of_runs), CPU)
+
+    def plain() -> float:
+        empty()
+        (folder / "bare").mkdir()
+        return measure.seconds(lambda: bare(shards, folder / "bare"), CPU)
+
     times = []
     for number in range(rounds):
         if number % 2:
-            second = timed(plain)
-            first = timed(store)
+            second = plain()
+            first = store()
         else:
-            first = timed(store)
-            second = timed(plain)
+            first = store()
+            second = plain()
         times.append((first, second))
     found = measure.ratio(times)  # of rates: the bare write's time over the store's
     medians = torch.tensor(times).median(dim=0).values.tolist()

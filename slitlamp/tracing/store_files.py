@@ -19,7 +19,7 @@ from torch import Tensor
 from slitlamp.errors import InputError, StoreError
 from slitlamp.tracing.store_format import MANIFEST, PARTIAL, Checksum, read_manifest
 
-_CHUNK = 4 << 20
+_SMALL = 1 << 17
 _BEHIND = 8
 """How many chunks the checksum may be behind the writing; joined small parts stay in memory so long."""
 _DTYPES = {
@@ -127,13 +127,16 @@ def _chunks(parts: Sequence[Tensor]) -> Iterator[Tensor]:
     waiting: list[Tensor] = []
     size = 0
     for part in parts:
+        if part.nbytes >= _SMALL and not waiting:
+            yield part.reshape(-1)
+            continue
         waiting.append(part.reshape(-1))
         size += part.nbytes
-        if size >= _CHUNK:
-            yield waiting[0] if len(waiting) == 1 else torch.cat(waiting)
+        if size >= _SMALL:
+            yield torch.cat(waiting)
             waiting, size = [], 0
     if waiting:
-        yield waiting[0] if len(waiting) == 1 else torch.cat(waiting)
+        yield torch.cat(waiting)
 
 
 def write_shard(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[int, str]:

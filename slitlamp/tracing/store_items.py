@@ -125,12 +125,16 @@ def _shape(whole: Shape, lead: int | None, key: int | None, n_valid: int, n_keys
 
 
 def _parts(values: Tensor, valid: Tensor, shapes: list[Shape], lead: int | None, key: int | None) -> list[Tensor]:
-    """The numbers of the units in order, as CPU tensors of their own."""
+    """The numbers of the units in order, in CPU memory: tensors of their own, or the recording itself where it holds them and
+    nothing else.
+    """
     if all(shape == tuple(values.shape[1:]) for shape in shapes):
-        whole = values.to("cpu", copy=True).contiguous()
-        if lead is None and not bool(valid.any(dim=1).all()):
-            whole[~valid.any(dim=1).cpu()] = torch.nan
-        return [whole]
+        missing = ~valid.any(dim=1).cpu() if lead is None else None
+        if missing is not None and bool(missing.any()):
+            whole = values.to("cpu", copy=True).contiguous()
+            whole[missing] = torch.nan
+            return [whole]
+        return [values.detach() if _can_be_kept(values) else values.to("cpu", copy=True).contiguous()]
     if lead == 1 and key is None:
         return [values[valid].cpu()]
     parts = []
@@ -143,6 +147,12 @@ def _parts(values: Tensor, valid: Tensor, shapes: list[Shape], lead: int | None,
         if prod(shape):
             parts.append(one.to("cpu", copy=True, memory_format=torch.contiguous_format))
     return parts
+
+
+def _can_be_kept(values: Tensor) -> bool:
+    """Whether a recording may be stored later as it is: it keeps no other memory alive, and torch counts writes into it."""
+    own = values.device.type == "cpu" and values.is_contiguous() and not values.is_inference()
+    return own and values.untyped_storage().nbytes() == values.nbytes
 
 
 def _nothing(record: SiteRecord, batch: Batch, source: Source) -> Items:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
+from torch import Tensor
 
 from slitlamp.errors import InputError
 from slitlamp.tracing.sites import Site
@@ -22,11 +23,33 @@ class StoredRun:
 
     ids: tuple[str, ...]
     items: Mapping[str, Items]
+    _versions: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_versions", self._count_writes())
+
+    def _parts(self) -> list[Tensor]:
+        return [part for one in self.items.values() for parts in one.parts.values() for part in parts]
+
+    def _count_writes(self) -> list[int]:
+        return [0 if part.is_inference() else part._version for part in self._parts()]
+
+    def check_unchanged(self) -> None:
+        """Refuse recordings that were written into after the run.
+
+        Raises:
+            InputError: there are some.
+        """
+        if self._count_writes() != self._versions:
+            raise InputError(
+                f"recordings of the run over {', '.join(map(repr, self.ids[:3]))}, ... were written into before they were "
+                "stored; clone them first. The runs since the last shard are not stored"
+            )
 
     @property
     def nbytes(self) -> int:
         """Bytes of the recordings."""
-        return sum(part.nbytes for one in self.items.values() for parts in one.parts.values() for part in parts)
+        return sum(part.nbytes for part in self._parts())
 
     def dtypes(self) -> dict[str, str]:
         """The dtype of every site that recorded any number.

@@ -219,6 +219,7 @@ class StoredTrace(Trace):
 
         Raises:
             StoreError: it cannot be written. Shards written before are untouched; the trace takes no more runs.
+            InputError: somebody wrote into a recording that was not on the disk yet; the same holds.
         """
         if not self._runs or self._failed is not None:
             return
@@ -226,6 +227,8 @@ class StoredTrace(Trace):
         entries, metadata, sites = tensors(self._runs, self.sites, self._dtypes, self._source.model.dtype)
         ids = tuple(one for run in self._runs for one in run.ids)
         try:
+            for run in self._runs:
+                run.check_unchanged()
             size, crc32 = write_shard(self._folder / file, entries, metadata)
             self._runs, self._nbytes = (
                 [],
@@ -233,7 +236,7 @@ class StoredTrace(Trace):
             )  # before its line: an interrupt in between leaves items out, never in twice
             self._number += 1
             append_line(self._handle, self._index, Shard(file, ids, size, crc32, sites, self._run or {}).line())
-        except StoreError as error:
+        except SlitlampError as error:
             self._failed = str(error)
             raise
         self._n_stored += len(ids)

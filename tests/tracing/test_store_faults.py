@@ -23,7 +23,7 @@ if not hasattr(os, "fork"):
 IDS = [f"item {number}" for number in range(12)]
 SITES = [
     sites.resid_post(),
-    sites.attention(queries="text", keys="all", label="ragged"),
+    sites.attention(queries="text", keys="all", layers=1, label="ragged"),
     sites.vision_resid_post(layers=0),
 ]
 
@@ -104,7 +104,7 @@ def check_prefix(folder):
 @pytest.mark.parametrize(
     ("call", "calls"),
     # of two shards and a manifest: what every file, its folder and the index need
-    [("write", 2 * 9), ("fsync", 2 * 3 + 2), ("replace", 2), ("link", 1), ("unlink", 3)],
+    [("write", 2 * 7), ("fsync", 2 * 3 + 2), ("replace", 2), ("link", 1), ("unlink", 3)],
 )
 def test_killed_at_every_call_to_the_file_system(call, calls, record, tmp_path):
     """The n-th call is the last thing that a process does, for every n; a write is cut off in its middle."""
