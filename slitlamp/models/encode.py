@@ -152,6 +152,11 @@ def _check_prompts(images: list[list[Image]], texts: list[str], processor: Any, 
                 f"prompt {row} starts with the start token {start!r}, which is the decoder's alone; {family.name} reads the "
                 "prompt in another vocabulary too, so leave it out"
             )
+        if family.images_first and start is not None and start in text:
+            raise InputError(
+                f"prompt {row}: found the start token {start!r}; {family.name} puts it between the images and the prompt by "
+                "itself, so leave it out"
+            )
 
 
 def _padded_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,7 @@ FAMILIES: dict[str, Family] = {
             model_type="llava",
             patches=llava_tower_patches,
             image_tokens="one grid per image (on a Pixtral tower: of its own size, a text token after each row)",
+            notes="on a Pixtral tower the processor needs torchvision",
         ),
         Family(
             name="LLaVA-NeXT",
@@ -225,7 +226,7 @@ FAMILIES: dict[str, Family] = {
             model_type="mistral3",
             patches=pixtral_patches,
             image_tokens="one grid per image, of its own size, a text token after each row; 1 token for a square of patches",
-            notes="Pixtral tower: the images of a batch are one sequence",
+            notes="Pixtral tower: the images of a batch are one sequence; the processor needs torchvision",
         ),
         Family(
             name="Mllama (Llama 3.2 Vision)",
@@ -253,7 +254,7 @@ FAMILIES: dict[str, Family] = {
                 first_position=None,
                 aligned={"mm_token_type_ids": 0},
                 kept=("model.rope_deltas",),
-                notes=notes + "no video; the processor needs torchvision",
+                notes=notes + "no video",
             )
             for name, model_type, notes in (
                 ("Qwen2-VL", "qwen2_vl", ""),

@@ -149,9 +149,12 @@ def test_a_prompt_has_one_start_token_also_where_tokenizer_and_processor_add_it(
     assert loaded.tokenizer("what ?").input_ids.count(start) == (not saved.name.startswith("paligemma"))
     batch = encode(loaded, pictures_of(loaded))
     assert ((batch.input_ids == start).sum(dim=1) == 1).all()
-    if not (loaded.anatomy.family.images_first or loaded.anatomy.family.own_tokens):  # those put it where it belongs
-        written = loaded.encode(None, [f"{loaded.tokenizer.bos_token} what ?"] * 2, chat=False)
-        assert ((written.input_ids == start).sum(dim=1) == 1).all()
+    written = [f"{loaded.tokenizer.bos_token} what ?"] * 2
+    if loaded.anatomy.family.images_first or loaded.anatomy.family.own_tokens:
+        with pytest.raises(InputError, match=r"start token '<s>'.* leave it out"):
+            loaded.encode(None, written)
+    else:
+        assert ((loaded.encode(None, written, chat=False).input_ids == start).sum(dim=1) == 1).all()
 
 
 def test_a_folder_loads_in_bfloat16(saved):
