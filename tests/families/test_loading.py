@@ -37,7 +37,6 @@ WITH_VIDEOS = {
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
     "qwen3_vl": "Qwen3VLVideoProcessor",
 }
-WITHOUT_TEMPLATE = ("blip-2", "instructblip", "paligemma", "paligemma gemma2")
 FAST = ("internvl", "mistral3", "qwen3_vl", "llama4")
 """Repositories that name the image processor by its former fast class."""
 OF_PROCESSOR = (  # what processor_config.json says besides the class
@@ -47,8 +46,16 @@ OF_PROCESSOR = (  # what processor_config.json says besides the class
 )
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:"
+    "{% if part['type'] == 'image' %}IMAGE {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:"
 )
+
+
+def template_of(vlm: VLM) -> str | None:
+    """A chat template; None for families whose repositories have none."""
+    family = vlm.anatomy.family
+    if family.placeholder is None or family.images_first:
+        return None
+    return TEMPLATE.replace("IMAGE", str(getattr(vlm.processor, family.placeholder)).join(family.around))
 
 
 def read(file: Path) -> Any:
@@ -90,12 +97,11 @@ def save_as_on_the_hub(vlm: VLM, folder: Path, name: str, *, legacy_template: bo
     if not name.startswith("qwen"):
         own = {one: getattr(processor, one) for one in OF_PROCESSOR if getattr(processor, one, None) is not None}
         (folder / "processor_config.json").write_text(json.dumps({"processor_class": processor_class, **own}))
-    if name in WITHOUT_TEMPLATE:
-        return folder
-    if legacy_template:
-        (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    else:
-        (folder / "chat_template.jinja").write_text(TEMPLATE)
+    template = template_of(vlm)
+    if template is not None and legacy_template:
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    elif template is not None:
+        (folder / "chat_template.jinja").write_text(template)
     return folder
 
 
@@ -124,10 +130,10 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_a_folder_gives_the_model_that_was_saved(saved):
-    name, vlm, loaded = saved.name, saved.vlm, saved.loaded
+    vlm, loaded = saved.vlm, saved.loaded
     assert loaded.anatomy == vlm.anatomy
     assert loaded.weights_hash == vlm.weights_hash
-    assert loaded.processor.chat_template == (None if name in WITHOUT_TEMPLATE else TEMPLATE)
+    assert loaded.processor.chat_template == template_of(vlm)
     pictures = pictures_of(vlm)
     own, again = encode(vlm, pictures), encode(loaded, pictures)
     assert torch.equal(again.input_ids, own.input_ids)
@@ -138,6 +144,19 @@ def test_a_folder_gives_the_model_that_was_saved(saved):
             assert torch.equal(again.extra[key], value), key
         assert torch.equal(loaded.forward(again).logits, vlm.forward(own).logits)
     assert torch.equal(loaded.forward(own).logits, vlm.forward(own).logits)
+
+
+def test_the_chat_template_of_the_folder_is_used(saved):
+    loaded, family = saved.loaded, saved.vlm.anatomy.family
+    if template_of(saved.vlm) is None:
+        assert family.placeholder is None or family.images_first
+        return
+    chat = loaded.encode([random_image(0)], "what ?")
+    plain = loaded.encode(
+        [random_image(0)], f"{getattr(loaded.processor, family.placeholder)} what ? ASSISTANT:", chat=False
+    )
+    assert torch.equal(chat.input_ids, plain.input_ids)
+    assert len(chat.images[0]) == 1
 
 
 def test_a_prompt_has_one_start_token_also_where_tokenizer_and_processor_add_it(saved):
@@ -198,7 +217,8 @@ def test_what_a_model_is_can_be_read_from_its_configuration_alone(name, tmp_path
 
 @pytest.mark.parametrize("name", list(WITH_VIDEOS))
 def test_the_part_for_videos_is_left_out_with_a_word_and_the_rest_is_saved(name, tmp_path, caplog):
-    folder = save_as_on_the_hub(BUILDERS[name](), tmp_path / "first", name)
+    vlm = BUILDERS[name]()
+    folder = save_as_on_the_hub(vlm, tmp_path / "first", name)
     with caplog.at_level(logging.INFO, logger="slitlamp"):
         processor = load_processor(folder)
     if {"torchvision", *(["num2words"] if name == "smolvlm" else [])} <= INSTALLED:
@@ -209,12 +229,12 @@ def test_the_part_for_videos_is_left_out_with_a_word_and_the_rest_is_saved(name,
     processor.save_pretrained(tmp_path / "second")
     picture, text = random_image(0), f"{processor.image_token} what ?"
     again = load_processor(tmp_path / "second")
-    assert again.chat_template == processor.chat_template == TEMPLATE
+    assert again.chat_template == processor.chat_template == template_of(vlm)
     for key, value in processor(text=[text], images=[picture], return_tensors="pt").items():
         assert torch.equal(again(text=[text], images=[picture], return_tensors="pt")[key], value), key
-    vlm = VLM.wrap(BUILDERS[name]().model, processor)
+    wrapped = VLM.wrap(vlm.model, processor)
     with pytest.raises(UnsupportedError, match="placeholder of a video"):
-        vlm.encode(None, [f"{processor.video_token} what ?"], chat=False)
+        wrapped.encode(None, [f"{processor.video_token} what ?"], chat=False)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (20, 16), (48, 16), (16, 48), (48, 48), (100, 30)])
