@@ -228,9 +228,9 @@ def decode_rows(calls: Sequence[AttentionCall], heads: Sequence[int] | None) -> 
     n_kv_heads = first.key.shape[1]  # type: ignore[union-attr]  # asked for
     parts = []
     for call in calls:
-        grouped = call.query.reshape(batch, n_kv_heads, n_heads // n_kv_heads, width)
-        parts.append(grouped @ call.key.transpose(2, 3))  # type: ignore[union-attr]
-    scores = torch.stack(parts, dim=1).view(batch, len(calls), n_heads, 1, -1)
+        grouped = call.query.reshape(batch * n_kv_heads, n_heads // n_kv_heads, width)
+        parts.append(torch.bmm(grouped, call.key.flatten(0, 1).transpose(1, 2)))  # type: ignore[union-attr]
+    scores = torch.stack([one.view(batch, n_heads, 1, -1) for one in parts], dim=1)
     if heads is not None:
         scores = scores[:, :, list(heads)]
     scores = scores if scores.dtype == torch.float64 else scores.float()

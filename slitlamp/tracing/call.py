@@ -52,7 +52,7 @@ class Calls:
 
     def __init__(self, batch: Batch, end_tokens: tuple[int, ...] = ()) -> None:
         self.batch = batch
-        self.end_tokens = torch.tensor(end_tokens, dtype=torch.int64, device=batch.device)
+        self.end_tokens = frozenset(end_tokens)
         self.number = -1
         self._fed: list[Tensor] = []
         self._alive = self._alive_before = (True,) * batch.size
@@ -93,9 +93,11 @@ class Calls:
                 "assisted decoding and chunked prefill cannot be traced or edited"
             )
         if self.number > 0:
-            if len(self.end_tokens):
-                ended = (inputs[:, 0, None].to(self.end_tokens.device) == self.end_tokens[None, :]).any(dim=1).tolist()
-                self._alive = tuple(alive and not over for alive, over in zip(self._alive, ended, strict=True))
+            if self.end_tokens:
+                fed = inputs[:, 0].tolist()
+                self._alive = tuple(
+                    a and token not in self.end_tokens for a, token in zip(self._alive, fed, strict=True)
+                )
             self._fed.append(self._alive_mask())
 
     def _alive_mask(self) -> Tensor:

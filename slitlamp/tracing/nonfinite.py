@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 NonFinite = Literal["raise", "warn", "keep"]
 POLICIES: tuple[NonFinite, ...] = ("raise", "warn", "keep")
+_STACKED = 2**18
+"""Values that are summed at once, where recordings are small: 1 MB in float32."""
 _REPORTED = 5
 
 
@@ -66,25 +68,31 @@ def _all_finite(tensors: list[Tensor]) -> bool:
     """Whether every value is finite, by sums: one of NaN or infinity is NaN or infinite. A sum that overflows is too, so
     that a false answer needs a closer look.
     """
-    sums: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.dtype, torch.Size], list[Tensor]] = {}
     for one in _whole(tensors):
         if one.is_floating_point():
-            wide = torch.float64 if one.dtype == torch.float64 else torch.float32
-            sums.setdefault((one.device, wide), []).append(one.detach().sum(dtype=wide))
-    return all(bool(torch.stack(of).isfinite().all()) for of in sums.values())
+            alike.setdefault((one.device, one.dtype, one.shape), []).append(one)
+    sums: dict[torch.device, list[Tensor]] = {}
+    for (device, dtype, shape), of in alike.items():
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        few = max(1, _STACKED // max(1, shape.numel()))
+        for start in range(0, len(of), few):
+            some = of[start : start + few]
+            total = torch.stack(some) if len(some) > 1 else some[0]
+            sums.setdefault(device, []).append(total.detach().sum(dtype=wide).double())
+    return all(bool(torch.stack(of_device).isfinite().all()) for of_device in sums.values())
 
 
 def _whole(tensors: list[Tensor]) -> Iterator[Tensor]:
-    """The same values in fewer tensors: recordings that are the parts of one tensor (the layers of a decode step) as that."""
-    parts: dict[int, list[Tensor]] = {}
+    """The same values in fewer tensors: those that recordings are parts of (all layers of a decode step), once each."""
+    seen: set[int] = set()
     for one in tensors:
-        parts.setdefault(id(one if one._base is None else one._base), []).append(one)
-    for of in parts.values():
-        base = of[0]._base
-        if base is not None and len(of) > 1 and sum(one.numel() for one in of) == base.numel():
+        base = one._base
+        if base is None:
+            yield one
+        elif id(base) not in seen:
+            seen.add(id(base))
             yield base
-        else:
-            yield from of
 
 
 def _places(trace: Trace) -> Iterator[str]:
