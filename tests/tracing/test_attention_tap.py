@@ -348,8 +348,8 @@ def test_what_the_tap_replaces_comes_back_after_nesting_and_exceptions(llava):
     def nested():
         assert (text._attn_implementation, vision._attn_implementation) == ("slitlamp_sdpa", before[1])
         with under_observation(llava):
-            assert len(_observers[module].observers) == 2
-        assert len(_observers[module].observers) == 1
+            assert len(_observers[id(module)].observers) == 2
+        assert len(_observers[id(module)].observers) == 1
         assert text._attn_implementation == "slitlamp_sdpa"
         raise ZeroDivisionError
 
