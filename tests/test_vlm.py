@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlavaModel, BlipConfig
+from transformers import BlipConfig, GPT2Config, GPT2LMHeadModel, LlavaModel
 
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.tracing import sites
