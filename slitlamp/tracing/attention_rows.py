@@ -54,11 +54,6 @@ class AttentionCall:
     scaling: float | None = None
 
     @property
-    def kind(self) -> tuple[object, ...]:
-        """Calls of one kind can be computed together."""
-        return (self.query.shape, self.query.device, self.n_keys, self.scaling, id(self.mask))
-
-    @property
     def is_cross(self) -> bool:
         """Whether the keys come from another sequence than the queries (Mllama's layers that read the image)."""
         named = "CrossAttention" in type(self.module).__name__
@@ -213,35 +208,66 @@ def attention_rows(
     return weights.masked_fill_(hidden, 0).to(query.dtype)  # a row that sees nothing: 0, not 0 / 0
 
 
-def decode_rows(calls: Sequence[AttentionCall], heads: Sequence[int] | None) -> Tensor:
-    """Attention weights of one decode step, of several layers at once; the same as `attention_rows` gives for each.
+@dataclass(eq=False, slots=True)
+class DecodeCall:
+    """What is kept of a call of the attention function in a decode step until it is recorded.
+
+    Attributes:
+        query, key, mask, scaling: as of `AttentionCall`; `key` is None once a later step has it, too.
+        n_keys: its keys.
+    """
+
+    query: Tensor
+    key: Tensor | None
+    mask: Tensor | None
+    scaling: float | None
+    n_keys: int
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Calls of one kind can be computed together."""
+        return (self.query.shape, self.query.device, self.n_keys, self.scaling, id(self.mask))
+
+
+def decode_rows(steps: Sequence[Sequence[DecodeCall]], heads: Sequence[int] | None) -> Tensor:
+    """Attention weights of decode steps, of several layers at once; the same as `attention_rows` gives for each.
 
     Args:
-        calls: of one kind, with a `key` each.
+        steps: per step, one call per layer: of one kind, with a `key` each. The keys of the last step must be those of the
+            steps before it, and one more for every step; only one step may have a mask.
         heads: query heads; None for all.
 
     Returns:
-        [batch, layer, chosen head, 1, key], in the dtype of the query.
+        [batch, step, layer, chosen head, 1, key of the last step], in the dtype of the query; 0 at later keys.
     """
-    first = calls[0]
-    batch, n_heads, _, width = first.query.shape
-    n_kv_heads = first.key.shape[1]  # type: ignore[union-attr]  # asked for
+    last = steps[-1]
+    batch, n_heads, _, width = last[0].query.shape
+    n_kv_heads, n_keys = last[0].key.shape[1], last[0].key.shape[2]  # type: ignore[union-attr]  # asked for
+    groups, n_steps = n_heads // n_kv_heads, len(steps)
     parts = []
-    for call in calls:
-        grouped = call.query.reshape(batch * n_kv_heads, n_heads // n_kv_heads, width)
+    for layer, call in enumerate(last):
+        queries = call.query if n_steps == 1 else torch.cat([step[layer].query for step in steps], dim=2)
+        grouped = queries.reshape(batch * n_kv_heads, groups * n_steps, width)
         parts.append(torch.bmm(grouped, call.key.flatten(0, 1).transpose(1, 2)))  # type: ignore[union-attr]
-    scores = torch.stack([one.view(batch, n_heads, 1, -1) for one in parts], dim=1)
+    scores = torch.stack([one.view(batch, n_heads, n_steps, n_keys) for one in parts], dim=1)
+    scores = scores.permute(0, 3, 1, 2, 4).unsqueeze(4)
     if heads is not None:
-        scores = scores[:, :, list(heads)]
+        scores = scores[:, :, :, list(heads)]
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    scores = scores.mul_(first.scaling if first.scaling is not None else width**-0.5)
-    if first.mask is None:
-        return scores.softmax(dim=-1).to(first.query.dtype)
-    mask = first.mask[:, None, :, :, : scores.shape[-1]]
-    if heads is not None and mask.shape[2] > 1:
-        mask = mask[:, :, list(heads)]
+    scores = scores.mul_(last[0].scaling if last[0].scaling is not None else width**-0.5)
+    if n_steps > 1:
+        ends = torch.arange(n_keys - n_steps, n_keys, device=scores.device)
+        later = torch.arange(n_keys, device=scores.device) > ends[:, None]
+        return (
+            scores.masked_fill_(later[None, :, None, None, None, :], -torch.inf).softmax(dim=-1).to(last[0].query.dtype)
+        )
+    if last[0].mask is None:
+        return scores.softmax(dim=-1).to(last[0].query.dtype)
+    mask = last[0].mask[:, None, None, :, :, :n_keys]
+    if heads is not None and mask.shape[3] > 1:
+        mask = mask[:, :, :, list(heads)]
     hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
     if mask.dtype != torch.bool:
         scores = scores.add_(mask)
     weights = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
-    return weights.masked_fill_(hidden, 0).to(first.query.dtype)
+    return weights.masked_fill_(hidden, 0).to(last[0].query.dtype)

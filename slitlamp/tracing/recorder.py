@@ -6,15 +6,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slitlamp.errors import UnsupportedError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.tracing.attention_recorder import AttentionRecorder, Chosen
-from slitlamp.tracing.attention_rows import AttentionCall, Observer, slopes
+from slitlamp.tracing.attention_rows import AttentionCall, DecodeCall, Observer, slopes
 from slitlamp.tracing.call import Calls, Selection, vision_selection
 from slitlamp.tracing.gradients import Gradients
-from slitlamp.tracing.late import LateAttention, LateStates
+from slitlamp.tracing.late import AT_ONCE, LateAttention, LateStates
 from slitlamp.tracing.places import Tiles, View
 from slitlamp.tracing.reductions import reduce_axis, take
 from slitlamp.tracing.sites import Positions, Site
@@ -41,8 +42,8 @@ class Recorder:
         self.tiles = tiles
         self.gradients = None if trace.gradient_of is None else Gradients(trace.gradient_of)
         self._of_gradients = None if trace.gradients is None else Recorder(trace.gradients, anatomy, calls, tiles)
-        self._late_states = LateStates(lambda site: calls.select(site.positions), self._store)
-        self._late_attention = LateAttention(self._chosen_attention, self._store_attention)
+        self._late_states = LateStates(lambda site: calls.select(site.positions), self._store_in)
+        self._late_attention = LateAttention(self._chosen_attention, self._store_attention_in)
 
     def begin(self) -> None:
         """A forward call starts. That over the prompt has its step already, for what ran ahead of it (the vision tower)."""
@@ -52,10 +53,22 @@ class Recorder:
             self._of_gradients.trace.batch = self.calls.batch
             self._of_gradients.begin()
 
-    def end(self) -> None:
-        """A forward call is over: record what was remembered of it."""
-        self._late_states.end()
-        self._late_attention.end()
+    def end(self, grows: bool) -> None:
+        """A forward call of a generation is over.
+
+        Args:
+            grows: whether the model's cache keeps the keys of all positions as they are and puts new ones after them.
+        """
+        self._late_states.end_step()
+        self._late_attention.end_step(grows)
+        if self.calls.number % AT_ONCE == 0:
+            self.finish()
+
+    def finish(self) -> None:
+        """Record what is remembered of the steps so far."""
+        with torch.no_grad():
+            self._late_states.record()
+            self._late_attention.record()
 
     def differentiate(self, output: Any, *, keep_graph: bool) -> None:
         """The model has run: record the gradients with respect to what was recorded."""
@@ -63,7 +76,9 @@ class Recorder:
             self.gradients.compute(output, keep_graph=keep_graph)
 
     def _store(self, site: Site, layer: int, values: Tensor, mask: Tensor) -> None:
-        step = self.trace.steps[-1]
+        self._store_in(self.trace.steps[-1], site, layer, values, mask)
+
+    def _store_in(self, step: Step, site: Site, layer: int, values: Tensor, mask: Tensor) -> None:
         step.values.setdefault(site.label, {})[layer] = values
         step.masks.setdefault(site.label, mask)
 
@@ -90,12 +105,12 @@ class Recorder:
         """
         if site.is_vision or self.gradients is not None or not LateStates.can_take(view):
             return None
-        calls, remember = self.calls, self._late_states.remember
+        trace, calls, remember = self.trace, self.calls, self._late_states.remember
 
         def take(raw: Tensor) -> bool:
             if calls.number < 1:
                 return False
-            remember(site, layer, view, raw)
+            remember(trace.steps[-1], site, layer, view, raw)
             return True
 
         return take
@@ -183,8 +198,13 @@ class Recorder:
         )
 
     def _store_attention(self, site: Site, layer: int, values: Tensor, valid: Tensor, key_valid: Tensor) -> None:
-        self._store(site, layer, values, valid)
-        self.trace.steps[-1].key_masks.setdefault(site.label, key_valid)
+        self._store_attention_in(self.trace.steps[-1], site, layer, values, valid, key_valid)
+
+    def _store_attention_in(
+        self, step: Step, site: Site, layer: int, values: Tensor, valid: Tensor, key_valid: Tensor
+    ) -> None:
+        self._store_in(step, site, layer, values, valid)
+        step.key_masks.setdefault(site.label, key_valid)
 
     def _attention(self, site: Site, layer: int) -> AttentionRecorder:
         packed = site.is_vision and self.anatomy.tower.unpack is not None
@@ -192,7 +212,7 @@ class Recorder:
         def later(call: AttentionCall) -> bool:
             if call.key is None or self.calls.number < 1:
                 return False
-            self._late_attention.remember(site, layer, call)
+            self._late_attention.remember(self.trace.steps[-1], site, layer, call)
             return True
 
         return AttentionRecorder(
@@ -204,7 +224,7 @@ class Recorder:
             later=None if site.is_vision or self.gradients is not None else later,
         )
 
-    def _chosen_attention(self, site: Site, call: AttentionCall) -> Chosen | None:
+    def _chosen_attention(self, site: Site, call: AttentionCall | DecodeCall) -> Chosen | None:
         queries = self._chosen(site, site.queries, call.query, axis=2)
         first = 0
         if site.is_vision:

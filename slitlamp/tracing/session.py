@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.anatomy import Anatomy
@@ -192,12 +193,15 @@ def session(
         if observers:
             stack.enter_context(observed(observers))
 
-        def end(module: nn.Module, args: Any, output: Any) -> None:
+        def end(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            grows = type(kwargs.get("past_key_values")) is DynamicCache
             for recorder in recorders:
-                recorder.end()
+                recorder.end(grows)
 
         if decoding:
-            stack.callback(generator.register_forward_hook(end).remove)
+            for recorder in recorders:
+                stack.callback(recorder.finish)
+            stack.callback(generator.register_forward_hook(end, with_kwargs=True).remove)
         if wanted:
 
             def differentiate(module: nn.Module, args: Any, output: Any) -> None:

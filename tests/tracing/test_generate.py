@@ -168,3 +168,28 @@ def test_a_batch_of_one_equals_a_batch_of_many(any_vlm, image):
         if pictures[row]:
             keys = one["attention"][1].shape[-1]
             close(many["attention"][1][row, :, :n, :keys], one["attention"][1][0])
+
+
+def test_two_traces_of_one_generation_hold_what_each_alone_holds(llava, image):
+    """More steps than are remembered at once, sites of other layers and heads in each trace, rows with and without padding."""
+    for prompts in (["<image> what ?"], ["<image> what ?", "<image> is there a dog in the image ?"]):
+        batch = llava.encode([image(n) for n in range(len(prompts))], prompts)
+        one = [sites.attention("all", "all", layers=[0, 2]), sites.z(layers=[1]), sites.attention(heads=[1], label="h")]
+        two = [
+            sites.attention("last", "text", reduce_keys="sum"),
+            sites.z(),
+            sites.attention(layers=[1], label="image"),
+        ]
+        with llava.trace(*one) as first, llava.trace(*two) as second:
+            together = llava.generate(batch, max_new_tokens=40, min_new_tokens=40)
+        for asked, both in ((one, first), (two, second)):
+            with llava.trace(*asked) as alone:
+                assert llava.generate(batch, max_new_tokens=40, min_new_tokens=40).tokens == together.tokens
+            for site in asked:
+                for layer, values in alone[site.label].items():
+                    close(both[site.label][layer], values)
+        with llava.trace(sites.attention("before_generated", "image")) as forced:
+            llava.forward(together.teacher_forced())
+        for layer, values in forced["attention"].items():
+            close(second["image"][layer] if layer == 1 else values, values)
+            close(first["h"][layer], values[:, [1]])
