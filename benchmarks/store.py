@@ -41,7 +41,7 @@ from torch import Tensor
 import slitlamp as sl
 from slitlamp.models import Batch
 from slitlamp.tracing import Site, Step
-from slitlamp.tracing.store_writer import StoredTrace
+from slitlamp.tracing.store.writer import StoredTrace
 from slitlamp.tracing.trace import Source
 
 RESULTS = Path(__file__).parent / "results"

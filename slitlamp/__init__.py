@@ -17,8 +17,8 @@ from slitlamp.errors import nearest
 if TYPE_CHECKING:
     from slitlamp.experiments import Experiment, Run, load_dataset, load_run
     from slitlamp.tracing import sites
-    from slitlamp.tracing.store import open_store
-    from slitlamp.tracing.store_writer import StoreOptions
+    from slitlamp.tracing.store.reading import open_store
+    from slitlamp.tracing.store.writer import StoreOptions
     from slitlamp.vlm import VLM
 
 __version__ = "0.1.0"
@@ -43,8 +43,8 @@ _LAZY = {
     "Run": ("slitlamp.experiments", "Run"),
     "load_dataset": ("slitlamp.experiments", "load_dataset"),
     "load_run": ("slitlamp.experiments", "load_run"),
-    "open_store": ("slitlamp.tracing.store", "open_store"),
-    "StoreOptions": ("slitlamp.tracing.store_writer", "StoreOptions"),
+    "open_store": ("slitlamp.tracing.store.reading", "open_store"),
+    "StoreOptions": ("slitlamp.tracing.store.writer", "StoreOptions"),
 }
 
 for _name in ("probes", "interventions"):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from slitlamp.decoding.generation import Generation, token_spans
+from slitlamp.decoding.generation import Generation, plan_generation
 from slitlamp.decoding.intervention import Intervention, RunContext, in_order
 from slitlamp.errors import InputError, UnsupportedError, unknown
 from slitlamp.models import Anatomy, Batch, family_of, read_anatomy
@@ -24,7 +24,7 @@ from slitlamp.tracing import Edit, Probe, Site, Trace, check_sites, session
 from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.nonfinite import NonFinite, check_policy
 from slitlamp.tracing.probe import Labels
-from slitlamp.tracing.store_writer import StoredTrace, StoreOptions, closing
+from slitlamp.tracing.store.writer import StoredTrace, StoreOptions, closing
 from slitlamp.tracing.trace import Source
 
 if TYPE_CHECKING:
@@ -414,40 +414,14 @@ class VLM:
             InputError: a batch with a continuation, a seed without sampling or sampling without a seed, no new tokens.
             UnsupportedError: beam search and other decoding that does not follow one sequence per row, token by token.
         """
-        if any(batch.n_generated):
-            raise InputError("generate takes prompts; this batch has a continuation (see Batch.prompt_only)")
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be 1 or more, found {max_new_tokens}")
-        sample = bool(options.setdefault("do_sample", False))
-        if sample == (seed is None):
-            raise InputError(
-                "sampling needs a seed, so that it can be repeated" if sample else "greedy decoding takes no seed"
-            )
-        for option in ("num_beams", "num_return_sequences"):
-            if options.pop(option, 1) != 1:
-                raise UnsupportedError(f"{option} other than 1: slitlamp follows one sequence per row")
-        for option in ("stop_strings", "stopping_criteria", "assistant_model", "prompt_lookup_num_tokens"):
-            if options.get(option) is not None:
-                raise UnsupportedError(f"{option}: rows must end at an end token or at max_new_tokens, token by token")
-        ends = options.pop("eos_token_id", self.end_tokens)
-        ends = (ends,) if isinstance(ends, int) else tuple(ends or ())
-        if not sample:  # a model's own defaults for sampling would only make transformers warn
-            options = {"temperature": None, "top_p": None, "top_k": None, **options}
-        arguments = {
-            **batch.inputs(),
-            "max_new_tokens": max_new_tokens,
-            "num_beams": 1,
-            "pad_token_id": batch.pad_token_id,
-            "eos_token_id": list(ends) or None,
-            **options,
-        }
+        plan = plan_generation(batch, max_new_tokens, seed, options, self.end_tokens)
         nnsight = self._nnsight()
-        if nnsight is not None and nnsight.remote is not False and sample:
+        if nnsight is not None and nnsight.remote is not False and seed is not None:
             raise UnsupportedError("sampling on a server cannot be repeated: a seed here does not reach it")
         with (
             self._lock,
             self._putting_back(),
-            torch.random.fork_rng(enabled=sample),
+            torch.random.fork_rng(enabled=seed is not None),
             contextlib.nullcontext()
             if nnsight is not None
             else session(
@@ -456,14 +430,14 @@ class VLM:
                 batch,
                 traces=self._open_traces(),
                 edits=self._edits(batch),
-                end_tokens=ends,
+                end_tokens=plan.ends,
                 decoding=True,
             ),
         ):
             if seed is not None:
                 torch.manual_seed(seed)
             if nnsight is None:
-                output = self.model.generate(**arguments)  # type: ignore[operator]  # typed as a buffer of nn.Module
+                output = self.model.generate(**plan.arguments)  # type: ignore[operator]  # typed as a buffer of nn.Module
             else:
                 output = nnsight.run(
                     self.model,
@@ -472,26 +446,11 @@ class VLM:
                     batch,
                     self._open_traces(),
                     "generate",
-                    arguments,
-                    end_tokens=ends,
+                    plan.arguments,
+                    end_tokens=plan.ends,
                 )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        return self._generation(batch, sequences[:, batch.length :].tolist(), ends)
-
-    def _generation(self, batch: Batch, rows: list[list[int]], ends: tuple[int, ...]) -> Generation:
-        tokens, stopped = [], []
-        for row in rows:
-            end = next((place for place, token in enumerate(row) if token in ends), None)
-            stopped.append(end is not None)
-            tokens.append(tuple(row if end is None else row[: end + 1]))
-        decoded = [token_spans(self.tokenizer, row) for row in tokens]
-        return Generation(
-            batch=batch,
-            tokens=tuple(tokens),
-            texts=tuple(text for text, _ in decoded),
-            spans=tuple(spans for _, spans in decoded),
-            stopped=tuple(stopped),
-        )
+        return Generation.of(batch, self.tokenizer, sequences[:, batch.length :].tolist(), plan.ends)
 
     def measure(self, probe: Probe, batch: Batch, labels: Labels | None = None) -> None:
         """Run a batch, and the other versions of it that a probe asks for, and give the recordings to the probe.

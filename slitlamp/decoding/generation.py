@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.batch import Batch
 
 
@@ -30,6 +31,23 @@ class Generation:
     def teacher_forced(self) -> Batch:
         """The prompts with the generated tokens after them, to be run in one forward pass."""
         return self.batch.with_continuation(self.tokens)
+
+    @staticmethod
+    def of(batch: Batch, tokenizer: Any, rows: Sequence[Sequence[int]], ends: Sequence[int]) -> Generation:
+        """From what the model generated after each prompt: per row, ids up to the longest row's end."""
+        tokens, stopped = [], []
+        for row in rows:
+            end = next((place for place, token in enumerate(row) if token in ends), None)
+            stopped.append(end is not None)
+            tokens.append(tuple(row if end is None else row[: end + 1]))
+        decoded = [token_spans(tokenizer, row) for row in tokens]
+        return Generation(
+            batch=batch,
+            tokens=tuple(tokens),
+            texts=tuple(text for text, _ in decoded),
+            spans=tuple(spans for _, spans in decoded),
+            stopped=tuple(stopped),
+        )
 
     def __repr__(self) -> str:
         rows = [f"  {name}: {text!r}" for name, text in zip(self.batch.ids, self.texts, strict=True)]
@@ -62,3 +80,58 @@ def token_spans(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, tuple[tuple
             spans.append((len(longer), len(longer)))
         text = longer
     return text, tuple(spans)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to generate: the arguments of Hugging Face's `generate`, and the ids that end a row."""
+
+    arguments: dict[str, Any]
+    ends: tuple[int, ...]
+
+
+def plan_generation(
+    batch: Batch, max_new_tokens: int, seed: int | None, options: Mapping[str, Any], default_ends: Sequence[int]
+) -> Plan:
+    """Check the options of a generation.
+
+    Args:
+        batch: prompts.
+        max_new_tokens: limit of new tokens.
+        seed: of sampling; None for greedy decoding.
+        options: further arguments of Hugging Face's `generate`.
+        default_ends: the model's own end tokens.
+
+    Raises:
+        InputError: a batch with a continuation, a seed without sampling or sampling without a seed, no new tokens.
+        UnsupportedError: decoding that does not follow one sequence per row, token by token.
+    """
+    options = dict(options)
+    if any(batch.n_generated):
+        raise InputError("generate takes prompts; this batch has a continuation (see Batch.prompt_only)")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be 1 or more, found {max_new_tokens}")
+    sample = bool(options.setdefault("do_sample", False))
+    if sample == (seed is None):
+        raise InputError(
+            "sampling needs a seed, so that it can be repeated" if sample else "greedy decoding takes no seed"
+        )
+    for option in ("num_beams", "num_return_sequences"):
+        if options.pop(option, 1) != 1:
+            raise UnsupportedError(f"{option} other than 1: slitlamp follows one sequence per row")
+    for option in ("stop_strings", "stopping_criteria", "assistant_model", "prompt_lookup_num_tokens"):
+        if options.get(option) is not None:
+            raise UnsupportedError(f"{option}: rows must end at an end token or at max_new_tokens, token by token")
+    ends = options.pop("eos_token_id", default_ends)
+    ends = (ends,) if isinstance(ends, int) else tuple(ends or ())
+    if not sample:  # a model's own defaults for sampling would only make transformers warn
+        options = {"temperature": None, "top_p": None, "top_k": None, **options}
+    arguments = {
+        **batch.inputs(),
+        "max_new_tokens": max_new_tokens,
+        "num_beams": 1,
+        "pad_token_id": batch.pad_token_id,
+        "eos_token_id": list(ends) or None,
+        **options,
+    }
+    return Plan(arguments, ends)

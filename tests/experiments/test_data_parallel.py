@@ -29,7 +29,7 @@ from slitlamp.experiments.folder import Unit
 from slitlamp.experiments.models import load_model
 from slitlamp.experiments.processes import Processes
 from slitlamp.experiments.runner import Runner
-from slitlamp.tracing.store import open_store
+from slitlamp.tracing.store.reading import open_store
 from slitlamp.vlm import VLM
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")

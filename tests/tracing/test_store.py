@@ -11,7 +11,7 @@ from tiny_models import BUILDERS
 import slitlamp as sl
 from slitlamp.errors import UnsupportedError
 from slitlamp.tracing import sites
-from slitlamp.tracing.store_items import tiles_per_row
+from slitlamp.tracing.store.items import tiles_per_row
 from slitlamp.tracing.trace import Step
 
 

@@ -15,7 +15,8 @@ import torch
 
 import slitlamp as sl
 from slitlamp.errors import InputError, StoreError
-from slitlamp.tracing import sites, store_files
+from slitlamp.tracing import sites
+from slitlamp.tracing.store import files as store_files
 
 if not hasattr(os, "fork"):
     pytest.skip("needs fork", allow_module_level=True)
@@ -337,7 +338,7 @@ def test_a_store_that_the_disk_cannot_hold_is_refused(llava, image, tmp_path, ca
         assert len(sl.open_store(tmp_path / "b")) == 1
     finally:
         handle.remove()
-    caplog.set_level("INFO", logger="slitlamp.tracing.store_writer")
+    caplog.set_level("INFO", logger="slitlamp.tracing.store.writer")
     with llava.trace(sites.resid_post(), store=sl.StoreOptions(tmp_path / "c", expected_items=1000)):
         llava.forward(batch)
     estimate, measured = (record.getMessage() for record in caplog.records)

@@ -11,7 +11,7 @@ import slitlamp as sl
 from probes import HeadDivergence
 from slitlamp.errors import InputError, StoreError, UnknownNameError
 from slitlamp.tracing import check_sites, sites
-from slitlamp.tracing.store_writer import StoredTrace
+from slitlamp.tracing.store.writer import StoredTrace
 from slitlamp.tracing.trace import Source
 
 

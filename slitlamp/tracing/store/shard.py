@@ -12,9 +12,9 @@ from torch import Tensor
 
 from slitlamp.errors import InputError
 from slitlamp.tracing.sites import Site
-from slitlamp.tracing.store_files import Entry
-from slitlamp.tracing.store_format import ShardSite
-from slitlamp.tracing.store_items import Items, Shape, stored_dtype
+from slitlamp.tracing.store.files import Entry
+from slitlamp.tracing.store.format import ShardSite
+from slitlamp.tracing.store.items import Items, Shape, stored_dtype
 
 
 @dataclass(frozen=True, eq=False)

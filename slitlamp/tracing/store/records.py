@@ -16,7 +16,7 @@ from slitlamp.errors import InputError
 from slitlamp.tracing.sites import Site
 
 if TYPE_CHECKING:
-    from slitlamp.tracing.store import Store
+    from slitlamp.tracing.store.reading import Store
 
 Index = int | str
 Shape = tuple[int, ...]

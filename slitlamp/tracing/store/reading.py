@@ -16,9 +16,9 @@ from torch import Tensor
 
 from slitlamp.errors import InputError, StoreError, unknown
 from slitlamp.tracing.sites import Site
-from slitlamp.tracing.store_format import Shard, checksum_of, read_indices, read_manifest
-from slitlamp.tracing.store_manifest import sites_of
-from slitlamp.tracing.store_records import StoredSite
+from slitlamp.tracing.store.format import Shard, checksum_of, read_indices, read_manifest
+from slitlamp.tracing.store.manifest import sites_of
+from slitlamp.tracing.store.records import StoredSite
 from slitlamp.tracing.trace import _layer_of
 
 Places = NDArray[np.int64]

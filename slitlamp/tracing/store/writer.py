@@ -16,8 +16,8 @@ from slitlamp.errors import InputError, SlitlampError, StoreError
 from slitlamp.models.batch import Batch
 from slitlamp.tracing.sites import Site
 from slitlamp.tracing.sizes import ItemSize, trace_bytes
-from slitlamp.tracing.store_files import append_line, open_locked, write_manifest, write_shard
-from slitlamp.tracing.store_format import (
+from slitlamp.tracing.store.files import append_line, open_locked, write_manifest, write_shard
+from slitlamp.tracing.store.format import (
     PARTIAL,
     Shard,
     check_writer,
@@ -27,9 +27,9 @@ from slitlamp.tracing.store_format import (
     shard_name,
     shard_number,
 )
-from slitlamp.tracing.store_items import items_of
-from slitlamp.tracing.store_manifest import check_same, describe
-from slitlamp.tracing.store_shard import StoredRun, tensors
+from slitlamp.tracing.store.items import items_of
+from slitlamp.tracing.store.manifest import check_same, describe
+from slitlamp.tracing.store.shard import StoredRun, tensors
 from slitlamp.tracing.trace import Source, Trace
 
 logger = logging.getLogger(__name__)

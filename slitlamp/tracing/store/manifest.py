@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slitlamp.errors import InputError, StoreError
 from slitlamp.tracing.sites import Site
-from slitlamp.tracing.store_format import SCHEMA
+from slitlamp.tracing.store.format import SCHEMA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

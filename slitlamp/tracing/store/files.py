@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from slitlamp.errors import InputError, StoreError
-from slitlamp.tracing.store_format import MANIFEST, PARTIAL, Checksum, read_manifest
+from slitlamp.tracing.store.format import MANIFEST, PARTIAL, Checksum, read_manifest
 
 _SMALL = 1 << 17
 _BEHIND = 8
