@@ -47,7 +47,7 @@ AGREE = 1e-3
 
 @torch.no_grad()
 def work(case: Case, kind: type[Contestant], device: torch.device, budget: float, most: int) -> dict[str, Any]:
-    """Measure one recorder on one case, in this process."""
+    """Measure one recorder on one case, in this process: its time, or its peak memory where `most` is 0."""
     vlm = case.model()
     vlm.model.to(device)
     batch = case.batch(vlm)
@@ -69,9 +69,11 @@ def work(case: Case, kind: type[Contestant], device: torch.device, budget: float
     size = sum(one.nbytes for one in recorded.values())
     means = _means(recorded)
     del result, recorded
+    if most == 0:
+        extra = None if before.bytes is None or during.bytes is None else during.bytes - before.bytes
+        return {"extra_bytes": extra}
     rounds = measure.alternate(lambda: run(plain), lambda: run(other), device, budget=budget, most=most)
     ratio = measure.ratio(rounds)
-    extra = None if before.bytes is None or during.bytes is None else during.bytes - before.bytes
     plain_times, times = zip(*rounds, strict=True)
     return {
         "status": "measured",
@@ -81,7 +83,6 @@ def work(case: Case, kind: type[Contestant], device: torch.device, budget: float
         "rounds": len(rounds),
         "seconds": sorted(times)[len(times) // 2],
         "plain_seconds": sorted(plain_times)[len(plain_times) // 2],
-        "extra_bytes": extra,
         "recorded_bytes": size,
         "means": means,
     }
@@ -95,13 +96,24 @@ def _means(recorded: Recorded) -> dict[str, float]:
 
 
 def measure_pair(case: Case, kind: type[Contestant], options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one recorder on one case in a process of its own."""
+    """Measure one recorder on one case in processes of its own: one for time, one for memory."""
+    timed = _in_process(case, kind, options, options.rounds, {})
+    if timed["status"] == "failed":
+        return timed
+    # every tensor's memory goes back to the system when it is freed, so that the peak is that of what is held
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    return timed | _in_process(case, kind, options, 0, allocator)
+
+
+def _in_process(
+    case: Case, kind: type[Contestant], options: argparse.Namespace, rounds: int, environment: dict[str, str]
+) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         command = [sys.executable, __file__, "--worker", case.name, kind.name, "--output", str(output)]
         command += ["--device", options.device, "--threads", str(options.threads)]
-        command += ["--budget", str(options.budget), "--rounds", str(options.rounds)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+        command += ["--budget", str(options.budget), "--rounds", str(rounds)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), **environment}
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode != 0 or not output.exists():
             sys.stderr.write(done.stdout[-4000:])
