@@ -23,7 +23,7 @@ from slitlamp.tracing.reductions import reduce_axis
 from slitlamp.tracing.sites import Site
 from slitlamp.tracing.trace import Step
 
-AT_ONCE = 16
+AT_ONCE = 32
 """Steps that are remembered before they are recorded."""
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from slitlamp.errors import InputError, UnsupportedError
@@ -138,6 +139,7 @@ def session(
     run = _Run(model, anatomy, batch)
     recorders = [Recorder(trace, anatomy, calls, run.tiles) for trace in traces]
     observers: dict[nn.Module, list[Observer]] = {}
+    of_prompt: list[RemovableHandle] = []
     wanted = [recorder for recorder in recorders if recorder.gradients is not None]
     with ExitStack() as stack:
         if traces or edits:
@@ -189,12 +191,17 @@ def session(
                     else:
                         view = run.view(site.name, layer)
                         record, later = recorder.state(site, layer, view), recorder.later(site, layer, view)
-                        stack.callback(hook(module, view, record, first=False, later=later).remove)
+                        handle = hook(module, view, record, first=False, later=later)
+                        stack.callback(handle.remove)
+                        if isinstance(site.positions, Tensor) or site.positions == "image":
+                            of_prompt.append(handle)  # no token that is decoded is among these positions
         if observers:
             stack.enter_context(observed(observers))
 
         def end(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             grows = type(kwargs.get("past_key_values")) is DynamicCache
+            while of_prompt:
+                of_prompt.pop().remove()
             for recorder in recorders:
                 recorder.end(grows)
 
