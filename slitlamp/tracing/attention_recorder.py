@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slitlamp.errors import UnsupportedError
-from slitlamp.tracing.attention_rows import AttentionCall, take_keys
+from slitlamp.tracing.attention_rows import AttentionCall, DecodeCall, take_keys
 from slitlamp.tracing.call import Selection, vision_selection
 from slitlamp.tracing.places import Tiles
 from slitlamp.tracing.reductions import reduce_axis
@@ -99,7 +99,7 @@ class AttentionRecorder:
         store: takes the recording, bool [row, query] of the real queries, and bool [row, key] of the real keys.
         tiles: for a tower that runs over all tiles as one sequence, where each tile is in it.
         has_cls: whether the first position of a tile is a CLS token (with `tiles`).
-        later: takes a call if it can be recorded once the step is over, and says whether it did.
+        later: takes what is kept of a decode step's call, if it can be recorded later, and says whether it did.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class AttentionRecorder:
         store: Callable[[Tensor, Tensor, Tensor], None],
         tiles: Callable[[], Tiles | None] | None = None,
         has_cls: bool = False,
-        later: Callable[[AttentionCall], bool] | None = None,
+        later: Callable[[DecodeCall], bool] | None = None,
     ) -> None:
         self.site = site
         self.choose = choose
@@ -122,8 +122,6 @@ class AttentionRecorder:
 
     def see(self, call: AttentionCall) -> None:
         """Take the weights of one call of the attention function."""
-        if self.later is not None and self.later(call):
-            return
         if self.tiles is not None:
             self._see_tiles(call, self.tiles())
             return

@@ -38,8 +38,6 @@ class AttentionCall:
             the weights that the output of this call was made with.
         output, value: [row, query, head, d_head] and [row, kv head, key, d_head]: what the call gave, and the values that
             it weighed; None where a call runs over several sequences in one row.
-        key, mask, scaling: what the weights of a decode step follow from, where they follow from nothing else
-            (`decode_rows`); `key` is None for all other calls.
     """
 
     module: nn.Module
@@ -49,9 +47,6 @@ class AttentionCall:
     weights: Callable[[QueryRows, Sequence[int] | None], Tensor]
     output: Tensor | None = None
     value: Tensor | None = None
-    key: Tensor | None = None
-    mask: Tensor | None = None
-    scaling: float | None = None
 
     @property
     def is_cross(self) -> bool:
@@ -213,7 +208,9 @@ class DecodeCall:
     """What is kept of a call of the attention function in a decode step until it is recorded.
 
     Attributes:
-        query, key, mask, scaling: as of `AttentionCall`; `key` is None once a later step has it, too.
+        query: [row, head, 1, d_head].
+        key: [row, kv head, key, d_head]; None once a later step has it, too.
+        mask, scaling: as of `attention_rows`.
         n_keys: its keys.
     """
 

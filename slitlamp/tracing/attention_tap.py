@@ -30,7 +30,15 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slitlamp.errors import UnsupportedError
-from slitlamp.tracing.attention_rows import AttentionCall, Observer, QueryRows, attention_rows, block_rows, take_rows
+from slitlamp.tracing.attention_rows import (
+    AttentionCall,
+    DecodeCall,
+    Observer,
+    QueryRows,
+    attention_rows,
+    block_rows,
+    take_rows,
+)
 
 PREFIX = "slitlamp_"
 _BY_ROW = {"dropout", "scaling", "softcap", "sinks", "position_bias"}
@@ -54,15 +62,25 @@ class _Watch:
         weights: Callable[..., Tensor],
         output: Tensor | None = None,
         value: Tensor | None = None,
-        **decoding: Any,
     ) -> None:
-        call = AttentionCall(module, self.calls, query, n_keys, weights, output, value, **decoding)
+        call = AttentionCall(module, self.calls, query, n_keys, weights, output, value)
         self.calls += 1
         if torch.is_grad_enabled():
             with torch.no_grad():
                 self._show(call)
         else:
             self._show(call)
+
+    def remember(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> bool:
+        """Whether the observers take a call of a decode step without looking at it now."""
+        for number, observer in enumerate(self.observers):
+            later = getattr(observer, "later", None)
+            # one for each, for they are changed
+            if later is None or not later(DecodeCall(query, key, mask, scaling, key.shape[2])):
+                assert number == 0, "observers of one run agree on what a decode step is"
+                return False
+        self.calls += 1
+        return True
 
     def _show(self, call: AttentionCall) -> None:
         for observer in self.observers:
@@ -94,6 +112,8 @@ def _tapped_sdpa(
     watch = _observers.get(id(module))
     if watch is not None:
         _refuse(module, options, _NOT_UNDER_SDPA)
+        if query.shape[2] == 1 and watch.remember(query, key, attention_mask, options.get("scaling")):
+            return output
         causal = options.get("is_causal")
         causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
         is_causal = causal and attention_mask is None and query.shape[2] > 1
@@ -109,11 +129,7 @@ def _tapped_sdpa(
                 is_causal=is_causal,
             )
 
-        if query.shape[2] == 1:
-            alone = {"key": key, "mask": attention_mask, "scaling": options.get("scaling")}
-            watch.see(module, query, key.shape[2], weights, output[0], value, **alone)
-        else:
-            watch.see(module, query, key.shape[2], weights, output[0], value)
+        watch.see(module, query, key.shape[2], weights, output[0], value)
     return output
 
 

@@ -157,10 +157,9 @@ class LateAttention:
         self._present: dict[str, tuple[Step, Site, dict[int, DecodeCall]]] = {}
         self._waiting: dict[str, tuple[Site, Site, list[list[_Attention]]]] = {}
 
-    def remember(self, step: Step, site: Site, layer: int, call: AttentionCall) -> None:
+    def remember(self, step: Step, site: Site, layer: int, call: DecodeCall) -> None:
         """A module calls attention."""
-        kept = DecodeCall(call.query, call.key, call.mask, call.scaling, call.n_keys)
-        self._present.setdefault(site.label, (step, site, {}))[2][layer] = kept
+        self._present.setdefault(site.label, (step, site, {}))[2][layer] = call
 
     def end_step(self, grows: bool) -> None:
         """The step is over.

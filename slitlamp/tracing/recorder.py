@@ -209,8 +209,8 @@ class Recorder:
     def _attention(self, site: Site, layer: int) -> AttentionRecorder:
         packed = site.is_vision and self.anatomy.tower.unpack is not None
 
-        def later(call: AttentionCall) -> bool:
-            if call.key is None or self.calls.number < 1:
+        def later(call: DecodeCall) -> bool:
+            if self.calls.number < 1:
                 return False
             self._late_attention.remember(self.trace.steps[-1], site, layer, call)
             return True
