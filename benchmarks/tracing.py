@@ -145,7 +145,10 @@ def measure_all(options: argparse.Namespace) -> list[report.Row]:
                 row |= {"status": "unsupported", "note": "has no cache while generating", "predicted_bytes": 0}
             elif needs[kind.name] > limit:
                 row |= {"status": "predicted"}
-                row["note"] = f"not run: needs about {needs[kind.name] / 1e9:.1f} GB (predicted, not measured)"
+                row["note"] = (
+                    f"not run: needs about {needs[kind.name] / 1e9:.1f} GB (predicted, not measured), over the limit of "
+                    f"{limit / 1e9:.1f} GB set for this run"
+                )
             else:
                 row |= measure_pair(case, kind, options)
                 found = row.pop("means", {})
