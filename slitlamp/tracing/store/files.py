@@ -7,7 +7,7 @@ import errno
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,10 @@ from slitlamp.errors import InputError, StoreError
 from slitlamp.tracing.store.format import MANIFEST, PARTIAL, Checksum, read_manifest
 
 _SMALL = 1 << 17
-_BEHIND = 8
-"""How many chunks the checksum may be behind the writing; joined small parts stay in memory so long."""
+_GROUP = 1 << 22
+"""Bytes whose checksum is computed at once."""
+_BEHIND = 4
+"""How many such groups the checksum may be behind the writing; joined small parts stay in memory so long."""
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -139,6 +141,21 @@ def _chunks(parts: Sequence[Tensor]) -> Iterator[Tensor]:
         yield torch.cat(waiting)
 
 
+def _groups(entries: Iterable[Entry]) -> Iterator[list[memoryview]]:
+    """The bytes of tensors, one after another, in groups of some megabytes."""
+    group: list[memoryview] = []
+    size = 0
+    for entry in entries:
+        for chunk in _chunks(entry.parts):
+            group.append(memoryview(chunk.view(torch.uint8).numpy()))  # type: ignore[arg-type]  # no Buffer before 3.12
+            size += len(group[-1])
+            if size >= _GROUP:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
 def write_shard(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[int, str]:
     """Write tensors as a safetensors file that is whole or absent.
 
@@ -163,14 +180,13 @@ def write_shard(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str,
             behind: deque[Future[None]] = deque()
             with temporary.open("wb", buffering=0) as stream:
                 _write(stream.fileno(), memoryview(header))
-                for entry in ordered.values():
-                    for chunk in _chunks(entry.parts):
-                        view = memoryview(chunk.view(torch.uint8).numpy())  # type: ignore[arg-type]  # no Buffer before 3.12
-                        behind.append(pool.submit(checksum.update, view))
+                for group in _groups(ordered.values()):
+                    behind.append(pool.submit(_update, checksum, group))
+                    for view in group:
                         _write(stream.fileno(), view)
                         size += len(view)
-                        if len(behind) > _BEHIND:
-                            behind.popleft().result()
+                    if len(behind) > _BEHIND:
+                        behind.popleft().result()
                 os.fsync(stream.fileno())
             while behind:
                 behind.popleft().result()
@@ -225,3 +241,8 @@ def append_line(handle: int, path: Path, line: bytes) -> None:
 def _write(handle: int, data: memoryview) -> None:
     while len(data):
         data = data[os.write(handle, data) :]
+
+
+def _update(checksum: Checksum, group: Sequence[memoryview]) -> None:
+    for view in group:
+        checksum.update(view)
