@@ -17,16 +17,15 @@ from slitlamp.errors import InputError
 from slitlamp.evaluation.detection import auroc_interval
 from slitlamp.evaluation.statistics import Interval, cluster_bootstrap, ratio
 from slitlamp.models import Anatomy, Batch
-from slitlamp.tracing import Edit, Probe, ProbeResult, Site, Trace
-from slitlamp.tracing.probe import Labels, View
+from slitlamp.tracing import Edit, GatheringProbe, ProbeResult, Site, Trace, View
+from slitlamp.tracing.probe import Array, Labels
 from slitlamp.tracing.sites import z
 
-Array = np.ndarray[Any, Any]
 OBJECT, HALLUCINATED, OTHER, UNKNOWN = "object", "hallucinated", "other", ""
 
 
 @dataclass
-class HeadDivergence(Probe):
+class HeadDivergence(GatheringProbe):
     """Vision-aware head divergence (VHD) of every head, and its sum per generated token (T-VHD).
 
     VHD is the distance of a head's output (before the output projection) with the image from its output without it, at the
@@ -53,7 +52,7 @@ class HeadDivergence(Probe):
     ddof: int = 0
     seed: int = 0
     n_resamples: int = 2000
-    _rows: dict[str, list[Array]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _gathered: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "head_divergence"
 
@@ -67,10 +66,10 @@ class HeadDivergence(Probe):
     def views(self, anatomy: Anatomy) -> dict[str, View]:
         """The batch without its images."""
 
-        def without_image(batch: Batch) -> tuple[Batch, list[Edit]]:
+        def without_image(batch: Batch, trace: Trace) -> tuple[Batch, list[Edit]]:
             return image_free(batch, self.contrast, self.seed)
 
-        return {"image_free": without_image}
+        return {"image_free": View(without_image)}
 
     def update(self, batch: Batch, trace: Trace, labels: Labels | None = None) -> None:
         """Take in one batch; `labels` say of generated tokens whether they name a true or a hallucinated object."""
@@ -80,9 +79,9 @@ class HeadDivergence(Probe):
         first_activation = text_activation(free[:, :, 0]).permute(1, 0, 2)  # [batch, layer, head]
         first = divergence[:, 0]
         selected = choose_heads(zero_surging_heads(first, first_activation, ddof=self.ddof).flatten(0, 1), "divergent")
-        self._add(
+        self._constants(layer=np.array(trace["z"].layers))
+        self._rows(
             item=np.array(batch.ids, dtype=str),
-            layer=np.array(trace["z"].layers)[None],
             first=first.cpu().numpy(),
             selected=selected.view(first.shape).cpu().numpy(),
         )
@@ -103,7 +102,7 @@ class HeadDivergence(Probe):
             label[place], word[place] = table["label"].to_numpy(dtype=str), table["word"].to_numpy(dtype=str)
         kept = [min(k, per_layer.shape[-1]) - 1 for k in self.top_k]
         named = np.isin(label, (OBJECT, HALLUCINATED))
-        self._add(
+        self._rows(
             token_item=np.full(count, item),
             token=np.arange(count),
             token_label=label,
@@ -113,43 +112,17 @@ class HeadDivergence(Probe):
             object_map=divergence[torch.from_numpy(named)].cpu().numpy(),
         )
 
-    def _add(self, **arrays: Array) -> None:
-        for name, array in arrays.items():
-            if name == "layer":
-                self._rows[name] = [array]
-            else:
-                self._rows.setdefault(name, []).append(array)
-
-    def state(self) -> dict[str, Array]:
-        """Per item the map of its first token; per token its T-VHD; per object mention its map."""
-        return {name: np.concatenate(arrays) for name, arrays in self._rows.items()}
-
-    def load_state(self, state: dict[str, Array]) -> None:
-        """Take back what `state` gave."""
-        self._rows = {name: [np.asarray(array)] for name, array in state.items()}
-
-    def merge(self, other: Probe) -> None:
-        """Add what another probe gathered."""
-        if not isinstance(other, HeadDivergence) or other != self:
-            raise InputError(
-                f"cannot merge {other!r} into {self!r}: they are not the same probe with the same parameters"
-            )
-        self._add(**other.state())
-
     def result(self) -> ProbeResult:
         """Tables `heads`, `t_vhd`, `t_vhd_auroc`, `tokens` and `consistency`."""
-        if not self._rows:
-            raise InputError("HeadDivergence has taken in nothing: call update, or vlm.measure, first")
-        state = self.state()
-        tables = {"heads": self._heads(state), "consistency": self._consistency(state)}
-        if "t_vhd" in state:
-            tables["tokens"] = self._tokens(state)
+        tables = {"heads": self._heads(), "consistency": self._consistency()}
+        if self._has("t_vhd"):
+            tables["tokens"] = self._tokens()
             tables["t_vhd"], tables["t_vhd_auroc"] = self._by_label(tables["tokens"])
         return ProbeResult(name=self.name, tables=tables, summary=_summary(tables))
 
-    def _heads(self, state: dict[str, Array]) -> pd.DataFrame:
+    def _heads(self) -> pd.DataFrame:
         """One row per head: mean VHD at the first generated token over items, its interval, and how often it is selected."""
-        first, layers = state["first"].astype(np.float64), state["layer"][0]
+        first, layers = self._get("first").astype(np.float64), self._get("layer")
         n_items, n_layers, n_heads = first.shape
         sums = np.hstack([first.reshape(n_items, -1), np.ones((n_items, 1))])
         found = cluster_bootstrap(
@@ -164,23 +137,23 @@ class HeadDivergence(Probe):
                 "low": [one.low for one in intervals],
                 "high": [one.high for one in intervals],
                 "sd": first.reshape(n_items, -1).std(axis=0, ddof=1) if n_items > 1 else np.nan,
-                "selected": state["selected"].reshape(n_items, -1).mean(axis=0),
+                "selected": self._get("selected").reshape(n_items, -1).mean(axis=0),
                 "n_items": n_items,
             }
         )
 
-    def _tokens(self, state: dict[str, Array]) -> pd.DataFrame:
+    def _tokens(self) -> pd.DataFrame:
         """One row per generated token."""
         columns: dict[str, Any] = {
-            "item": state["token_item"],
-            "token": state["token"],
-            "word": state["token_word"],
-            "label": state["token_label"],
+            "item": self._get("token_item"),
+            "token": self._get("token"),
+            "word": self._get("token_word"),
+            "label": self._get("token_label"),
         }
-        n_heads = state["first"].shape[-1]
+        n_heads = self._get("first").shape[-1]
         for place, k in enumerate(self.top_k):
             if k <= n_heads:
-                columns[f"t_vhd_{k}"] = state["t_vhd"][:, place].astype(np.float64)
+                columns[f"t_vhd_{k}"] = self._get("t_vhd")[:, place].astype(np.float64)
         return pd.DataFrame(columns)
 
     def _by_label(self, tokens: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -214,13 +187,13 @@ class HeadDivergence(Probe):
             pd.DataFrame(areas, columns=["k", "auroc", "low", "high", "n_hallucinated", "n_true", "n_items"]),
         )
 
-    def _consistency(self, state: dict[str, Array]) -> pd.DataFrame:
+    def _consistency(self) -> pd.DataFrame:
         """Rank correlation of the heads' VHD between items, between object mentions, and between the two measuring points."""
-        found = [("first token, between items", *_mean_rank_correlation(state["first"]))]
-        maps = state.get("object_map")
-        if maps is not None and len(maps):
+        found = [("first token, between items", *_mean_rank_correlation(self._get("first")))]
+        maps = self._get("object_map") if self._has("object_map") else ()
+        if len(maps):
             found.append(("object mentions, between mentions", *_mean_rank_correlation(maps)))
-            points = np.stack([state["first"].mean(axis=0), maps.mean(axis=0)])
+            points = np.stack([self._get("first").mean(axis=0), maps.mean(axis=0)])
             found.append(("mean maps: first token against object mentions", *_mean_rank_correlation(points)))
         return pd.DataFrame(found, columns=["comparison", "spearman", "n_maps"])
 

@@ -373,18 +373,21 @@ class VLM:
                 setattr(owner, name, value)
 
     @torch.no_grad()
-    def forward(self, batch: Batch, *, logits_to_keep: int = 0) -> Any:
+    def forward(self, batch: Batch, *, logits_to_keep: int = 0, edits: Sequence[Edit] = ()) -> Any:
         """One forward pass, under the traces and interventions in force.
 
         Args:
             batch: from `encode`, or with a continuation.
             logits_to_keep: how many last positions get logits; 0 for all.
+            edits: of this run alone, after those of the interventions in force (see `slitlamp.decoding.edits`).
 
         Returns:
             The Hugging Face model's output.
         """
         nnsight = self._nnsight()
         if nnsight is not None:
+            if edits:
+                raise UnsupportedError('edits run with hooks: leave out backend="nnsight"')
             arguments = self._arguments(batch, logits_to_keep=logits_to_keep)
             with self._lock:
                 return nnsight.run(
@@ -393,7 +396,9 @@ class VLM:
         with (
             self._lock,
             self._putting_back(),
-            session(self.model, self.anatomy, batch, traces=self._open_traces(), edits=self._edits(batch)),
+            session(
+                self.model, self.anatomy, batch, traces=self._open_traces(), edits=[*self._edits(batch), *edits]
+            ),
         ):
             return self._call(batch, logits_to_keep=logits_to_keep)
 
@@ -461,9 +466,10 @@ class VLM:
         with self.trace(*sites) as trace:
             self.forward(batch, logits_to_keep=_logits_needed(sites))
         for name, view in probe.views(self.anatomy).items():
-            other, edits = view(batch)
+            other, edits = view.change(batch, trace)
+            wanted = sites if view.sites is None else list(view.sites)
             with self._lock, torch.no_grad():
-                trace.views[name] = self._extra_pass(other, sites, edits)
+                trace.views[name] = self._extra_pass(other, wanted, edits)
         probe.update(batch, trace, labels)
 
     def _backend(self, backend: str, remote: bool | str) -> NNsight | None:

@@ -1,7 +1,7 @@
 """Recording and editing what a VLM computes."""
 
 from slitlamp.tracing.call import Calls
-from slitlamp.tracing.probe import Probe, ProbeResult
+from slitlamp.tracing.probe import CausalTarget, GatheringProbe, Part, Probe, ProbeResult, View
 from slitlamp.tracing.session import Edit, session
 from slitlamp.tracing.site_checks import check_sites
 from slitlamp.tracing.sites import Site, canonical_name
@@ -9,13 +9,17 @@ from slitlamp.tracing.trace import SiteRecord, Step, Trace
 
 __all__ = [
     "Calls",
+    "CausalTarget",
     "Edit",
+    "GatheringProbe",
+    "Part",
     "Probe",
     "ProbeResult",
     "Site",
     "SiteRecord",
     "Step",
     "Trace",
+    "View",
     "canonical_name",
     "check_sites",
     "session",
