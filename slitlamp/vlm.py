@@ -396,9 +396,7 @@ class VLM:
         with (
             self._lock,
             self._putting_back(),
-            session(
-                self.model, self.anatomy, batch, traces=self._open_traces(), edits=[*self._edits(batch), *edits]
-            ),
+            session(self.model, self.anatomy, batch, traces=self._open_traces(), edits=[*self._edits(batch), *edits]),
         ):
             return self._call(batch, logits_to_keep=logits_to_keep)
 

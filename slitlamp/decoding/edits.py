@@ -1,4 +1,4 @@
-"""Edits that probes and interventions share: heads scaled or set, image tokens replaced, directions added or taken out, blocks skipped."""
+"""Edits that probes and interventions share: of heads, image tokens, directions in the residual stream, and blocks."""
 
 from __future__ import annotations
 

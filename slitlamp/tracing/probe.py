@@ -245,7 +245,9 @@ class GatheringProbe(Probe):
 
     def state(self) -> dict[str, Array]:
         """What was gathered, by kind and name."""
-        return {key: np.concatenate(value) if isinstance(value, list) else value for key, value in self._gathered.items()}
+        return {
+            key: np.concatenate(value) if isinstance(value, list) else value for key, value in self._gathered.items()
+        }
 
     def load_state(self, state: dict[str, Array]) -> None:
         """Take back what `state` gave."""

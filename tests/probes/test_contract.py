@@ -1,9 +1,13 @@
-"""What every probe must hold. A new probe joins by one line in PROBES."""
+"""What every probe must hold. A new probe joins by one line in PROBES.
+
+Planted truths and nulls are in the files of the probes: no two probes share them.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -18,19 +22,45 @@ from slitlamp.models import Batch
 from slitlamp.tracing import Probe
 from slitlamp.vlm import VLM
 
-PROBES: dict[str, Callable[[], Probe]] = {
-    "HeadDivergence": lambda: HeadDivergence(n_resamples=50),
-    "HeadDivergence zero": lambda: HeadDivergence(contrast="zero", n_resamples=50),
-    "HeadDivergence mean": lambda: HeadDivergence(contrast="mean", n_resamples=50),
-    "HeadDivergence noise": lambda: HeadDivergence(contrast="noise", n_resamples=50),
+
+@dataclass(frozen=True)
+class Case:
+    """A probe under contract.
+
+    Attributes:
+        make: a fresh probe whose parameters fit the tiny LLaVA (3 layers, 3 captions, labels of all kinds).
+        value: (table, column) of its main number, which bfloat16 may change by its precision only.
+        half: by how much, relative to the largest value of the column.
+        needs_image: whether rows without an image are refused.
+        seeded: the parameter that makes another probe of it.
+    """
+
+    make: Callable[[], Probe]
+    value: tuple[str, str]
+    half: float = 0.1
+    needs_image: bool = True
+    seeded: str = "seed"
+
+
+HEADS = ("heads", "vhd")
+PROBES: dict[str, Case] = {
+    "HeadDivergence": Case(lambda: HeadDivergence(n_resamples=50), HEADS),
+    "HeadDivergence zero": Case(lambda: HeadDivergence(contrast="zero", n_resamples=50), HEADS),
+    "HeadDivergence mean": Case(lambda: HeadDivergence(contrast="mean", n_resamples=50), HEADS),
+    "HeadDivergence noise": Case(lambda: HeadDivergence(contrast="noise", n_resamples=50), HEADS),
 }
 PROMPTS = ["<image> is there a dog ?", "<image> what is in the image and where is it ?", "describe this <image> ."]
 WORDS = [3, 6, 1]
 
 
 @pytest.fixture(params=list(PROBES))
-def make(request: pytest.FixtureRequest) -> Callable[[], Probe]:
+def case(request: pytest.FixtureRequest) -> Case:
     return PROBES[request.param]
+
+
+@pytest.fixture
+def make(case: Case) -> Callable[[], Probe]:
+    return case.make
 
 
 def test_every_probe_of_the_package_is_under_contract() -> None:
@@ -52,6 +82,10 @@ def captions(vlm: VLM, image: Any, rows: list[int]) -> tuple[Batch, list[pd.Data
                 "token": range(len(one)),
                 "word": [f"w{token}" for token in one],
                 "label": [("object", "hallucinated", "other")[(row + step) % 3] for step in range(len(one))],
+                "category": [("dog", "cat", None)[(row + step) % 3] for step in range(len(one))],
+                "frequency": [(0.5, 0.25, float("nan"))[(row + step) % 3] for step in range(len(one))],
+                "truth": [None] * len(one),
+                "boxes": [([(0.1, 0.1, 0.6, 0.7)], [], [])[(row + step) % 3] for step in range(len(one))],
             }
         )
         for row, one in zip(rows, tokens, strict=True)
@@ -86,14 +120,12 @@ def test_batch_size_and_padding_do_not_change_the_answer(make: Callable[[], Prob
     assert_equal_tables(together, alone, rtol=1e-4)
 
 
-def test_bfloat16_gives_the_same_within_its_precision(make: Callable[[], Probe], llava: VLM, image: Any) -> None:
-    import copy
-
+def test_bfloat16_gives_the_same_within_its_precision(case: Case, llava: VLM, image: Any) -> None:
     half = VLM.wrap(copy.deepcopy(llava.model).to(torch.bfloat16), llava.processor)
-    one, other = measured(make(), llava, image, [[0, 1]]), measured(make(), half, image, [[0, 1]])
-    a, b = one.result().tables["heads"]["vhd"], other.result().tables["heads"]["vhd"]
+    table, column = case.value
+    one, other = (measured(case.make(), vlm, image, [[0, 1]]).result().tables[table][column] for vlm in (llava, half))
     # 8 bits of mantissa give 0.4 % a rounding; three blocks of several roundings each add up to some per cent
-    assert np.abs(a - b).max() < 0.1 * a.max()
+    assert np.nanmax(np.abs(one - other)) < case.half * np.nanmax(np.abs(one))
 
 
 def test_a_saved_state_goes_on_as_if_nothing_had_happened(make: Callable[[], Probe], llava: VLM, image: Any) -> None:
@@ -118,10 +150,10 @@ def test_states_are_plain_arrays(make: Callable[[], Probe], llava: VLM, image: A
         assert array.dtype.kind in "bifU"
 
 
-def test_other_parameters_do_not_merge(make: Callable[[], Probe]) -> None:
-    other = replace(make(), seed=99)  # type: ignore[type-var]
+def test_other_parameters_do_not_merge(case: Case) -> None:
+    other = replace(case.make(), **{case.seeded: 99})  # type: ignore[type-var]
     with pytest.raises(InputError, match="not the same probe"):
-        make().merge(other)
+        case.make().merge(other)
 
 
 def test_nothing_measured_gives_an_error_not_an_empty_result(make: Callable[[], Probe]) -> None:
@@ -129,10 +161,12 @@ def test_nothing_measured_gives_an_error_not_an_empty_result(make: Callable[[], 
         make().result()
 
 
-def test_rows_without_an_image_are_refused(make: Callable[[], Probe], llava: VLM) -> None:
+def test_rows_without_an_image_are_refused(case: Case, llava: VLM) -> None:
+    if not case.needs_image:
+        pytest.skip("measures text too")
     batch = llava.encode(prompts=["is there a dog ?"], ids=["textual"]).with_continuation([[6, 7]])
     with pytest.raises(InputError, match="textual"):
-        llava.measure(make(), batch)
+        llava.measure(case.make(), batch)
 
 
 def test_measuring_leaves_the_model_as_it_was(make: Callable[[], Probe], llava: VLM, image: Any) -> None:

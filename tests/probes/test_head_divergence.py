@@ -157,17 +157,17 @@ def test_planted_labels_are_told_apart_by_t_vhd() -> None:
     labels = np.array(["object", "hallucinated"] * 6)
     probe.load_state(
         {
-            "item": np.array(["a", "b", "c"]),
-            "layer": np.array([[0]]),
-            "first": np.ones((3, 1, 2), dtype=np.float32),
-            "selected": np.ones((3, 1, 2), dtype=bool),
-            "token_item": np.repeat(["a", "b", "c"], 4),
-            "token": np.tile(np.arange(4), 3),
-            "token_label": labels,
-            "token_word": labels,
-            "t_vhd": np.where(labels == "object", 2.0, 1.0)[:, None],
-            "object_item": np.repeat(["a", "b", "c"], 4),
-            "object_map": np.ones((12, 1, 2), dtype=np.float32),
+            "rows.item": np.array(["a", "b", "c"]),
+            "constants.layer": np.array([0]),
+            "rows.first": np.ones((3, 1, 2), dtype=np.float32),
+            "rows.selected": np.ones((3, 1, 2), dtype=bool),
+            "rows.token_item": np.repeat(["a", "b", "c"], 4),
+            "rows.token": np.tile(np.arange(4), 3),
+            "rows.token_label": labels,
+            "rows.token_word": labels,
+            "rows.t_vhd": np.where(labels == "object", 2.0, 1.0)[:, None],
+            "rows.object_item": np.repeat(["a", "b", "c"], 4),
+            "rows.object_map": np.ones((12, 1, 2), dtype=np.float32),
         }
     )
     tables = probe.result().tables
