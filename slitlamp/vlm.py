@@ -463,6 +463,7 @@ class VLM:
         sites = probe.sites(self.anatomy)
         with self.trace(*sites) as trace:
             self.forward(batch, logits_to_keep=_logits_needed(sites))
+        trace.labels = labels
         for name, view in probe.views(self.anatomy).items():
             other, edits = view.change(batch, trace)
             wanted = sites if view.sites is None else list(view.sites)

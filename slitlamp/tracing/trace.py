@@ -159,6 +159,7 @@ class Trace:
         self.sites = {site.label: site for site in sites}
         self.steps: list[Step] = []
         self.batch: Batch | None = None
+        self.labels: Any = None  # of the batch's rows, for the views of a probe (`slitlamp.tracing.probe.Labels`)
         self.decoding = False
         self.views: dict[str, Trace] = {}
         self.source: Source | None = None
