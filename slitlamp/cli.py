@@ -76,19 +76,25 @@ def demo(
 
 @app.command()
 def run(
-    experiment: Annotated[
-        str, typer.Argument(help="A YAML file, or the name of an experiment that comes with slitlamp.")
+    experiments: Annotated[
+        list[str], typer.Argument(help="YAML files, or names of experiments that come with slitlamp.")
     ],
     changes: Overrides = None,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Run an experiment; one that was killed goes on where it stopped."""
+    """Run experiments, one after the other; one that was killed goes on where it stopped."""
     from slitlamp.experiments import find_config, read_config
     from slitlamp.experiments.places import data_folders
 
-    path = find_config(experiment, data_folders("experiments"))
-    _run(read_config(path, changes or []), path, output, overwrite)
+    if output is not None and len(experiments) > 1:
+        raise InputError("--output takes one experiment; several have their outputs in their files")
+    paths = [find_config(one, data_folders("experiments")) for one in experiments]
+    configs = [read_config(path, changes or []) for path in paths]
+    for config, path in zip(configs, paths, strict=True):
+        if len(paths) > 1:
+            out.print(Text(path.stem, style="bold"))
+        _run(config, path, output, overwrite)
 
 
 def _run(config: Config, path: Path, output: Path | None, overwrite: bool) -> None:

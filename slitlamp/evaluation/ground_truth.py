@@ -13,15 +13,24 @@ from slitlamp.evaluation.files import read_json, read_records, read_text
 from slitlamp.evaluation.synonyms import Synonyms
 
 ImageId = int | str
+Box = tuple[float, float, float, float]
 Paths = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The categories in each image; `file_names` maps an image's file name to its id."""
+    """What is in each image.
+
+    Attributes:
+        objects: the categories in each image.
+        file_names: from an image's file name to its id.
+        boxes: of each image and category, where its instances are, as (left, top, right, bottom) in shares of the image;
+            empty where the files give no boxes or no sizes.
+    """
 
     objects: Mapping[ImageId, frozenset[str]]
     file_names: Mapping[str, ImageId] = field(default_factory=dict)
+    boxes: Mapping[ImageId, Mapping[str, tuple[Box, ...]]] = field(default_factory=dict)
 
     @classmethod
     def from_coco(cls, instances: Paths, captions: Paths | None = None, *, synonyms: Synonyms) -> GroundTruth:
@@ -32,21 +41,28 @@ class GroundTruth:
         """
         objects: dict[ImageId, set[str]] = {}
         file_names: dict[str, ImageId] = {}
+        boxes: dict[ImageId, dict[str, tuple[Box, ...]]] = {}
         for path in _paths(instances):
             data = _coco(path, ("images", "annotations", "categories"))
             for image in data["images"]:
                 objects.setdefault(image["id"], set())
                 if "file_name" in image:
                     file_names[str(image["file_name"])] = image["id"]
+            sizes = {image["id"]: (image.get("width"), image.get("height")) for image in data["images"]}
             names = {item["id"]: _category(path, item["name"], synonyms) for item in data["categories"]}
             for item in data["annotations"]:
                 if item["image_id"] not in objects or item["category_id"] not in names:
                     raise InputError(f"{path}: an annotation names image {item['image_id']!r} or category "
                                      f"{item['category_id']!r}, which the file does not list")  # fmt: skip
-                objects[item["image_id"]].add(names[item["category_id"]])
+                name = names[item["category_id"]]
+                objects[item["image_id"]].add(name)
+                box = _box(item.get("bbox"), *sizes.get(item["image_id"], (None, None)))
+                if box is not None:
+                    of_image = boxes.setdefault(item["image_id"], {})
+                    of_image[name] = (*of_image.get(name, ()), box)
         if captions is not None:
             _add_captions(objects, _paths(captions), synonyms)
-        return cls({image: frozenset(found) for image, found in objects.items()}, file_names)
+        return cls({image: frozenset(found) for image, found in objects.items()}, file_names, boxes)
 
     def resolve(self, image: ImageId) -> ImageId:
         """The id of an image given by its id or by its file name; an unknown image is an error."""
@@ -60,7 +76,12 @@ class GroundTruth:
     def subset(self, images: Iterable[ImageId]) -> GroundTruth:
         """The ground truth of some images only."""
         kept = [self.resolve(image) for image in images]
-        return GroundTruth({image: self.objects[image] for image in kept}, self.file_names)
+        boxes = {image: self.boxes[image] for image in kept if image in self.boxes}
+        return GroundTruth({image: self.objects[image] for image in kept}, self.file_names, boxes)
+
+    def frequency(self, category: str) -> float:
+        """The share of the images that hold a category."""
+        return sum(category in found for found in self.objects.values()) / len(self.objects)
 
 
 def read_captions(path: str | Path) -> list[tuple[ImageId, str]]:
@@ -112,6 +133,14 @@ def _coco(path: str | Path, lists: Sequence[str]) -> dict[str, Any]:
                 raise InputError(f"{path}: {name}[{i}] lacks one of {', '.join(needed)}")
     result: dict[str, Any] = data
     return result
+
+
+def _box(bbox: Any, width: Any, height: Any) -> Box | None:
+    """COCO's box (left, top, width, height in pixels) in shares of the image; None where one of them is missing."""
+    if not (isinstance(bbox, list) and len(bbox) == 4 and width and height):
+        return None
+    left, top, wide, high = (float(one) for one in bbox)
+    return left / width, top / height, (left + wide) / width, (top + high) / height
 
 
 def _category(path: str | Path, name: str, synonyms: Synonyms) -> str:

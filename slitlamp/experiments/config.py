@@ -33,8 +33,9 @@ class ModelConfig(_Strict):
 class DatasetConfig(_Strict):
     """A data set by name, or one made of the user's files (then `task` says which kind).
 
-    `pope` takes `questions` and `images`; `captions` takes `images`, `instances`, `synonyms`, `prompt`, and `captions`
-    (the reference captions) where there are any. `take` keeps the first n images.
+    `pope` takes `questions` and `images`, and `instances` with `synonyms` where there are any; `captions` takes `images`,
+    `instances`, `synonyms`, `prompt`, and `captions` (the reference captions) where there are any. `take` keeps the first
+    n images.
     """
 
     name: str
@@ -57,7 +58,7 @@ class DatasetConfig(_Strict):
                     f"{', '.join(sorted(given))}: only with 'task' (pope or captions), for a data set of your own"
                 )
             return self
-        allowed = {"questions", "images", "prompt"} if self.task == "pope" else files - {"questions"}
+        allowed = files - ({"captions"} if self.task == "pope" else {"questions"})
         needed = {"questions", "images"} if self.task == "pope" else {"images", "instances", "synonyms"}
         if missing := sorted(needed - given):
             raise ValueError(f"a data set with task {self.task!r} also needs {', '.join(missing)}")
@@ -98,10 +99,11 @@ def _baseline() -> dict[str, list[Component]]:
 
 
 class Config(_Strict):
-    """An experiment: a model, data sets, conditions (the first is the reference), probes, and how to run them."""
+    """An experiment: a model (or several, `models`), data sets, conditions (the first is the reference), probes, and more."""
 
     title: str | None = None
     model: ModelSpec = ModelConfig(id="organism")
+    models: list[ModelSpec] | None = Field(default=None, min_length=1)
     datasets: list[DatasetSpec] = Field(min_length=1)
     take: int | None = Field(default=None, ge=1)
     conditions: dict[str, list[ComponentSpec]] = Field(default_factory=_baseline, min_length=1)
@@ -110,6 +112,7 @@ class Config(_Strict):
     probes: list[ComponentSpec] = Field(default_factory=list)
     probe_conditions: list[str] | None = None
     probe_datasets: list[str] | None = None
+    causal: bool | Annotated[int, Field(ge=1)] = False
     showcase: list[str] | bool = False
     seed: int = Field(default=0, ge=0)
     batch_size: int = Field(default=16, ge=1)
@@ -159,6 +162,8 @@ def _spell_out(values: dict[str, Any]) -> None:
     """Write names that stand for a mapping as one, so that overrides reach into them (`--set model.dtype=bfloat16`)."""
     if isinstance(values.get("model"), str):
         values["model"] = {"id": values["model"]}
+    if isinstance(values.get("models"), list):
+        values["models"] = [{"id": one} if isinstance(one, str) else one for one in values["models"]]
     if isinstance(values.get("datasets"), list):
         values["datasets"] = [{"name": one} if isinstance(one, str) else one for one in values["datasets"]]
 
@@ -183,7 +188,7 @@ def _explain(content: YamlFile, error: Mapping[str, Any]) -> str:
 def _known_keys(location: Sequence[Any]) -> list[str]:
     if location and location[0] == "datasets":
         return list(DatasetConfig.model_fields)
-    if location and location[0] == "model":
+    if location and location[0] in ("model", "models"):
         return list(ModelConfig.model_fields)
     return list(Config.model_fields)
 

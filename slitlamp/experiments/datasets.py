@@ -45,7 +45,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Items of one task, and for captions the ground truth and synonyms of CHAIR.
+    """Items of one task, and the ground truth and synonyms of CHAIR: for captions always, for questions where known.
 
     `max_new_tokens` is how long an answer may get unless the experiment says otherwise; `source` is the entry of a
     configuration that makes this data set again.
@@ -117,6 +117,8 @@ class Dataset:
             used = {item.image_id for item in self.items}
             known = {key: sorted(value) for key, value in self.truth.objects.items() if key in used}
             digest.update(json.dumps(sorted((str(key), value) for key, value in known.items())).encode())
+            boxes = {str(key): dict(self.truth.boxes[key]) for key in used if key in self.truth.boxes}
+            digest.update(json.dumps(boxes, sort_keys=True).encode())
         if self.synonyms is not None:
             digest.update(repr(self.synonyms).encode())
         for path in self.images:
@@ -125,7 +127,13 @@ class Dataset:
 
 
 def pope_dataset(
-    questions: str | Path, images: str | Path, *, name: str | None = None, prompt: str = "{question}"
+    questions: str | Path,
+    images: str | Path,
+    *,
+    name: str | None = None,
+    prompt: str = "{question}",
+    instances: str | Path | None = None,
+    synonyms: str | Path | None = None,
 ) -> Dataset:
     """POPE questions from a file in any of the formats of `slitlamp.evaluation.pope_files.read_pope`.
 
@@ -134,7 +142,13 @@ def pope_dataset(
         images: the folder of their images; a file name in `questions` cannot lead out of it.
         name: the data set's name; by default the file's.
         prompt: the text around the question, for example "{question} Please answer yes or no."
+        instances: COCO instances JSON of the images, which tells probes where the object asked for is.
+        synonyms: CHAIR's synonyms file, needed with `instances`.
     """
+    if (instances is None) != (synonyms is None):
+        raise InputError(
+            "instances and synonyms go together: what is in an image is known by the names of the synonyms"
+        )
     if "{question}" not in prompt:
         raise InputError(f"the prompt {prompt!r} has no {{question}}")
     folder = _existing_folder(images)
@@ -151,7 +165,12 @@ def pope_dataset(
     )
     name = name or Path(questions).stem
     source = {"name": name, "task": "pope", "questions": str(questions), "images": str(images), "prompt": prompt}
-    return Dataset(name, "pope", items, source=source)
+    if instances is None or synonyms is None:
+        return Dataset(name, "pope", items, source=source)
+    words = Synonyms.read(synonyms)
+    truth = GroundTruth.from_coco(instances, synonyms=words)
+    source |= {"instances": str(instances), "synonyms": str(synonyms)}
+    return Dataset(name, "pope", items, truth, words, source=source)
 
 
 def captions_dataset(
@@ -217,7 +236,13 @@ def _image_in(folder: Path, name: str, source: str | Path) -> Path:
 
 def _emoji_pope(split: str) -> Callable[[Path], Dataset]:
     return lambda folder: replace(
-        pope_dataset(folder / f"pope_{split}.jsonl", folder / "images", name=f"emoji_scenes/pope_{split}"),
+        pope_dataset(
+            folder / f"pope_{split}.jsonl",
+            folder / "images",
+            name=f"emoji_scenes/pope_{split}",
+            instances=folder / "instances.json",
+            synonyms=folder / "synonyms.txt",
+        ),
         max_new_tokens=4,
     )
 

@@ -30,7 +30,8 @@ class Experiment:
     """A comparison of conditions on the same items, with the probes' measurements; `run` does it.
 
     Attributes:
-        model: a VLM, or what names one: `organism`, `organism/seed1`, a hub id, a folder.
+        model: a VLM, or what names one: `organism`, `organism/seed1`, a hub id, a folder; or a list of such names: the
+            experiment then runs on each, and the probes compare them.
         dataset: one data set or several, or their names.
         conditions: interventions by the name of the condition. The first is the reference of every comparison.
         probes: measured on the text that the model generates, under the conditions of `probe_conditions`.
@@ -44,6 +45,8 @@ class Experiment:
         batch_size: items per batch, which is also the unit in which work is stored.
         probe_conditions: by default the first condition.
         probe_datasets: by default the caption data sets, or all if there is none.
+        causal: whether what the probes point at is intervened on, against matched random targets; a number says on how
+            many items at most.
         showcase: caption items to be shown word by word in the report: their ids, or True for one chosen by rule.
         generation: further options of Hugging Face's `generate`; greedy decoding by default.
         n_resamples, level: of the bootstrap intervals over images.
@@ -52,7 +55,7 @@ class Experiment:
         progress: whether to draw a progress bar.
     """
 
-    model: VLM | ModelConfig | str
+    model: VLM | ModelConfig | str | Sequence[ModelConfig | str]
     dataset: Dataset | str | Sequence[Dataset | str]
     conditions: Mapping[str, Sequence[Intervention]] = field(default_factory=lambda: {"baseline": []})
     probes: Sequence[Probe] = ()
@@ -64,6 +67,7 @@ class Experiment:
     batch_size: int = 16
     probe_conditions: Sequence[str] | None = None
     probe_datasets: Sequence[str] | None = None
+    causal: bool | int = False
     showcase: bool | Sequence[str] = False
     generation: Mapping[str, Any] = field(default_factory=dict)
     n_resamples: int = 2000
@@ -91,7 +95,7 @@ class Experiment:
             limits = [take for take in (one.take, config.take) if take is not None]
             datasets.append(data.take(min(limits)) if limits else data)
         return cls(
-            model=config.model,
+            model=config.models or config.model,
             dataset=datasets,
             conditions={
                 name: [registry.create("intervention", one.name, one.parameters) for one in components]
@@ -104,7 +108,7 @@ class Experiment:
                 key: getattr(config, key)
                 for key in (
                     *("seed", "controls", "comparisons", "batch_size", "probe_conditions", "probe_datasets"),
-                    *("showcase", "generation", "n_resamples", "level", "title"),
+                    *("causal", "showcase", "generation", "n_resamples", "level", "title"),
                 )
             },
             **options,
@@ -117,9 +121,21 @@ class Experiment:
             InputError: something that this experiment was given cannot be used; before the model is loaded.
             RunFolderError: the output cannot be written, or another configuration made it.
         """
+        from slitlamp.experiments.across import Across
         from slitlamp.experiments.runner import Runner
 
-        return Runner(self.check()).run()
+        several = self._several()
+        return Runner(self.check()).run() if several is None else Across(self, several).run()
+
+    def _several(self) -> list[ModelConfig] | None:
+        """The models, where there is a list of them."""
+        if isinstance(self.model, str | ModelConfig) or not isinstance(self.model, Sequence):
+            return None
+        if not self.model:
+            raise InputError("the list of models is empty")
+        if self.showcase:
+            raise InputError("'showcase' shows the captions of one model; leave it out, or give one model")
+        return [ModelConfig(id=one) if isinstance(one, str) else one for one in self.model]
 
     def check(self) -> Plan:
         """Check all that can be checked without the model.
@@ -156,9 +172,14 @@ class Experiment:
             data.check()
         folder = RunFolder(self.output)
         folder.check_writable()
+        model = ModelConfig(id=self.model) if isinstance(self.model, str) else self.model
+        if isinstance(model, Sequence):
+            raise InputError(
+                "an experiment on several models has a plan for each of them: see slitlamp.experiments.across"
+            )
         plan = Plan(
             experiment=self,
-            model=ModelConfig(id=self.model) if isinstance(self.model, str) else self.model,
+            model=model,
             datasets=datasets,
             conditions=conditions,
             comparisons=make_comparisons(conditions, self.comparisons),
@@ -208,6 +229,9 @@ class Experiment:
                 raise InputError(f"there is no embedded model of seed {seed}")
         elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
             raise InputError(f"the folder {name} holds no Hugging Face model: it has no config.json")
+        elif not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+            made = " (the checkpoints of the embedded model are made by `slitlamp train-organism`)"
+            raise InputError(f"no such folder: {name}{made if 'organism' in name else ''}")
 
     def _max_new_tokens(self, data: Dataset) -> int:
         given = self.max_new_tokens

@@ -23,12 +23,14 @@ ENVIRONMENT = "environment.json"
 PREDICTIONS = "predictions.parquet"
 PARTS = "parts"
 TABLES = "tables"
+STATES = "states"
+MODELS = "models"
 FIGURES = "figures"
 SHOWCASE = "showcase"
 REPORT = "report.html"
 _MARKER = ".slitlamp-run"
 _WRITE_TEST = ".write-test."
-_OURS = (CONFIG, ENVIRONMENT, PREDICTIONS, PARTS, TABLES, FIGURES, SHOWCASE, REPORT)
+_OURS = (CONFIG, ENVIRONMENT, PREDICTIONS, PARTS, TABLES, STATES, MODELS, FIGURES, SHOWCASE, REPORT)
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Unit:
 
 
 @dataclass
-class Part:
+class UnitResult:
     """What a unit left behind: the rows of its predictions, the states of the probes, and what it cost."""
 
     predictions: list[dict[str, Any]]
@@ -151,7 +153,7 @@ class RunFolder:
         """The file of a finished unit."""
         return self.path / PARTS / unit.file
 
-    def write_part(self, unit: Unit, part: Part) -> None:
+    def write_part(self, unit: Unit, part: UnitResult) -> None:
         """Store a finished unit in one step."""
         arrays = {f"array/{name}": value for name, value in part.arrays.items()}
         for name, state in part.states.items():
@@ -163,10 +165,10 @@ class RunFolder:
         }
         storage.write_arrays(self.unit_path(unit), arrays, metadata)
 
-    def read_part(self, unit: Unit) -> Part:
+    def read_part(self, unit: Unit) -> UnitResult:
         """Read a finished unit."""
         arrays, metadata = storage.read_arrays(self.unit_path(unit))
-        part = Part(
+        part = UnitResult(
             predictions=json.loads(metadata["predictions"]),
             states={name: {} for name in json.loads(metadata["states"])},
             seconds=json.loads(metadata["seconds"]),
@@ -187,6 +189,10 @@ class RunFolder:
     def remove_parts(self) -> None:
         """Delete the files of all units, once the tables hold what was in them."""
         shutil.rmtree(self.path / PARTS, ignore_errors=True)
+
+    def state_path(self, key: str, condition: str, dataset: str) -> Path:
+        """The file of what a probe took in under a condition on a data set."""
+        return self.path / STATES / f"{key}.{condition}.{dataset.replace('/', '.')}.safetensors"
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """Write tables/<name>.parquet."""

@@ -68,6 +68,7 @@ class Plan:
             "probes": [registry.describe(probe) for probe in one.probes],
             "probe_conditions": self.probe_conditions,
             "probe_datasets": self.probe_datasets,
+            "causal": one.causal,
             "showcase": one.showcase if isinstance(one.showcase, bool) else list(one.showcase),
             "seed": one.seed,
             "batch_size": one.batch_size,

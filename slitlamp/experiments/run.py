@@ -13,7 +13,7 @@ import yaml
 
 from slitlamp.errors import RunFolderError, UnsupportedError, unknown
 from slitlamp.experiments import folder as names
-from slitlamp.experiments import storage
+from slitlamp.experiments import registry, storage
 
 REPORTERS = "slitlamp.reporters"
 _VIEWS = {"pope": "pope", "chair": "captions"}
@@ -78,6 +78,40 @@ class Run:
         """Versions, model, device, seed, and seconds per step."""
         path = self.folder / names.ENVIRONMENT
         return dict(storage.read_json(path)) if path.is_file() else {}
+
+    @property
+    def probe_keys(self) -> list[str]:
+        """The probes of the run, by the name that their tables start with."""
+        return list(dict.fromkeys(path.name.split(".")[0] for path in self._states()))
+
+    def probe(self, key: str, *, condition: str | None = None, dataset: str | None = None) -> Any:
+        """A probe of the run with all that it took in: to be asked for its result again, or to be used.
+
+        Args:
+            key: one of `probe_keys`.
+            condition, dataset: of what it measured; by default the first.
+
+        Raises:
+            UnknownNameError: the run has no such probe, or it did not measure that condition or data set.
+            RunFolderError: the run has not ended.
+        """
+        if not self.finished:
+            raise RunFolderError(f"the run in {self.folder} has not ended; run it again to finish it")
+        if key not in self.probe_keys:
+            raise unknown("probe of this run", key, self.probe_keys)
+        conditions, datasets = (self.config[f"probe_{name}"] for name in ("conditions", "datasets"))
+        for kind, name, known in (("condition", condition, conditions), ("data set", dataset, datasets)):
+            if name is not None and name not in known:
+                raise unknown(f"{kind} that the probes of this run measured", name, known)
+        entry = self.environment["probes"][key]
+        (name, parameters), *_ = self.config["probes"][entry].items()
+        probe = registry.create("probe", name, parameters)
+        path = names.RunFolder(self.folder).state_path(key, condition or conditions[0], dataset or datasets[0])
+        probe.load_state(storage.read_arrays(path)[0])
+        return probe
+
+    def _states(self) -> list[Path]:
+        return sorted((self.folder / names.STATES).glob("*.safetensors"))
 
     def figure(self, name: str) -> Any:
         """A figure of the report by name, as a matplotlib Figure. Raises UnknownNameError with the nearest names."""

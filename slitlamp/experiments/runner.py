@@ -17,19 +17,19 @@ from slitlamp.experiments import environment, storage
 from slitlamp.experiments.conditions import Condition, condition_table
 from slitlamp.experiments.config import ModelConfig
 from slitlamp.experiments.datasets import Dataset, Item
-from slitlamp.experiments.folder import CONFIG, ENVIRONMENT, PREDICTIONS, TABLES, Part, Unit
-from slitlamp.experiments.labels import token_labels
+from slitlamp.experiments.folder import CONFIG, ENVIRONMENT, PREDICTIONS, TABLES, Unit, UnitResult
 from slitlamp.experiments.models import load_model
 from slitlamp.experiments.plan import Plan
+from slitlamp.experiments.probing import Measured, causal_tables, encoded, give_source, joined, labels_of
 from slitlamp.experiments.processes import Processes, started_together
 from slitlamp.experiments.progress import progress_bar
 from slitlamp.experiments.run import Run
 from slitlamp.experiments.scores import score
 from slitlamp.experiments.showcase import make_showcase
+from slitlamp.tracing import Part
 
 if TYPE_CHECKING:
     from slitlamp.decoding import Generation
-    from slitlamp.tracing import Probe
     from slitlamp.vlm import VLM
 
 logger = logging.getLogger(__name__)
@@ -136,6 +136,7 @@ class Runner:
     def _write_environment(self, facts: dict[str, Any], *, finished: bool) -> None:
         content = {**facts, "finished": finished}
         if finished:
+            content["probes"] = {key: number for number, key in enumerate(self.plan.probes)}
             content["tables"] = sorted(one.stem for one in (self.folder.path / TABLES).glob("*.parquet"))
             content["timing"] = self._timing()
         storage.write_json(self.folder.path / ENVIRONMENT, content)
@@ -202,15 +203,11 @@ class Runner:
             return False
         return found == [item.id for item in items]
 
-    def _do(self, unit: Unit, condition: Condition, data: Dataset, items: Sequence[Item]) -> Part:
+    def _do(self, unit: Unit, condition: Condition, data: Dataset, items: Sequence[Item]) -> UnitResult:
         vlm, plan = self.vlm, self.plan
         seconds: dict[str, float] = {}
         with _clock(seconds, "encode"):
-            batch = vlm.encode(
-                images=[item.image for item in items],
-                prompts=[item.prompt for item in items],
-                ids=[item.id for item in items],
-            )
+            batch = encoded(vlm, items)
         options: dict[str, Any] = dict(plan.generation)
         if options.get("do_sample"):
             options["seed"] = unit_seed(plan.experiment.seed, unit)
@@ -220,12 +217,12 @@ class Runner:
                 generation = vlm.generate(batch, max_new_tokens=plan.max_new_tokens[data.name], **options)
             if plan.measures(condition.name, data.name):
                 with _clock(seconds, "measure"):
-                    labels = _labels(generation, data, items)
+                    labels = labels_of(generation.texts, generation.spans, data, items)
                     for key, probe in plan.probes.items():
                         fresh = copy.deepcopy(probe)
                         vlm.measure(fresh, generation.teacher_forced(), labels)
                         states[key] = fresh.state()
-        return Part(_prediction_rows(unit, data, items, generation), states, seconds)
+        return UnitResult(_prediction_rows(unit, data, items, generation), states, seconds)
 
     # -- results ----------------------------------------------------------------------------------------------------
 
@@ -249,34 +246,41 @@ class Runner:
             names = [one.name for one in plan.conditions]
             tables = {"condition_info": condition_table(plan.conditions)}
             tables |= score(plan.datasets, names, plan.comparisons, predictions, **bootstrap)
-            tables |= self._probe_tables()
+        if plan.probes:
+            with self._timed("probes"):
+                measured = self._measured()
+                measured.save(self.folder)
+                tables |= measured.tables() | measured.compared(self._scores(tables))
+        if plan.probes and plan.experiment.causal:
+            with self._timed("causal checks"):
+                tables |= causal_tables(plan, self.vlm, measured, predictions)
         if plan.experiment.showcase:
             with self._timed("showcase"):
                 tables |= make_showcase(plan, self.vlm, predictions, tables)
         for name, frame in tables.items():
             self.folder.write_table(name, frame)
 
-    def _probe_tables(self) -> dict[str, pd.DataFrame]:
-        """The tables of every probe as `<probe>_<table>`, with the condition and the data set in front."""
-        parts: dict[str, list[pd.DataFrame]] = {}
+    def _scores(self, tables: dict[str, pd.DataFrame]) -> pd.DataFrame | None:
+        scores = tables.get("conditions")
+        return None if scores is None else scores.assign(model=self._model_name)
+
+    @property
+    def _model_name(self) -> str:
+        model = self.plan.model
+        return model.id if isinstance(model, ModelConfig) else model.name
+
+    def _measured(self) -> Measured:
+        """Every probe with the states of all units of a condition and data set."""
+        measured = Measured()
         for key, probe in self.plan.probes.items():
             for condition in self.plan.probe_conditions:
                 for dataset in self.plan.probe_datasets:
-                    for name, frame in self._merged(key, probe, condition, dataset).result().tables.items():
-                        frame = frame.copy()
-                        frame.insert(0, "dataset", dataset)
-                        frame.insert(0, "condition", condition)
-                        parts.setdefault(f"{key}_{name}", []).append(frame)
-        return {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
-
-    def _merged(self, key: str, probe: Probe, condition: str, dataset: str) -> Probe:
-        whole = copy.deepcopy(probe)
-        for unit, _ in self._units():
-            if (unit.condition, unit.dataset) == (condition, dataset):
-                part = copy.deepcopy(probe)
-                part.load_state(self.folder.read_part(unit).states[key])
-                whole.merge(part)
-        return whole
+                    units = [
+                        unit for unit, _ in self._units() if (unit.condition, unit.dataset) == (condition, dataset)
+                    ]
+                    whole = joined(probe, (self.folder.read_part(unit).states[key] for unit in units))
+                    measured.add(key, Part(self._model_name, condition, dataset), give_source(whole, self.vlm))
+        return measured
 
 
 def unit_seed(seed: int, unit: Unit) -> int:
@@ -290,15 +294,6 @@ def _clock(seconds: dict[str, float], step: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[step] = time.perf_counter() - start
-
-
-def _labels(generation: Generation, data: Dataset, items: Sequence[Item]) -> list[pd.DataFrame | None]:
-    if data.truth is None or data.synonyms is None:
-        return [None] * len(items)
-    return [
-        token_labels(text, spans, item.image_id, data.truth, data.synonyms)
-        for item, text, spans in zip(items, generation.texts, generation.spans, strict=True)
-    ]
 
 
 def _prediction_rows(unit: Unit, data: Dataset, items: Sequence[Item], generation: Generation) -> list[dict[str, Any]]:

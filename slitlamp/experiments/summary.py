@@ -15,15 +15,28 @@ def summary(run: Run) -> list[str]:
 
     Numbers carry their 95 % intervals over images (or those of the run's level).
     """
+    if "conditions" not in run.table_names:
+        return _probes(run)
     scores, info = run.table("conditions"), run.table("condition_info")
     reference = str(info["condition"].iloc[0])
     lines = [line for task in ("pope", "captions") if (line := _level(scores, reference, task))]
     if "differences" not in run.table_names:
-        return lines
+        return lines + _probes(run)
     differences = run.table("differences")
     for treatment in info.loc[info["role"] == "treatment", "condition"].astype(str):
         controls = [str(one) for one in info.loc[info["control_of"] == treatment, "condition"]]
         lines += _changes(differences, treatment, reference, controls)
+    return lines + _probes(run)
+
+
+def _probes(run: Run) -> list[str]:
+    """What each probe found, in its own words; with several models or data sets, what it found in comparing them."""
+    lines = []
+    for key in dict.fromkeys(name.rsplit("_summary", 1)[0] for name in run.table_names if name.endswith("_summary")):
+        if not key.endswith("_compare"):
+            compared = f"{key}_compare_summary" in run.table_names
+            frame = run.table(f"{key}_compare_summary" if compared else f"{key}_summary")
+            lines += [f"{key}: {text}" for text in frame["summary"].astype(str) if text]
     return lines
 
 

@@ -42,6 +42,8 @@ class Batch:
         always_pixels: whether the model must be given pixels also where no row has an image; nothing comes of them.
         pad_token_id: the id at padding positions.
         image_token_id: the id at image positions.
+        groups: per row, what it shares with rows that are not independent of it: its image (see `grouped`). By default
+            its id.
     """
 
     input_ids: Tensor
@@ -60,6 +62,21 @@ class Batch:
     frames: int = 1
     deepstack_layers: tuple[int, ...] = ()
     always_pixels: bool = False
+    groups: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            object.__setattr__(self, "groups", self.ids)
+
+    def grouped(self, groups: Sequence[str]) -> Batch:
+        """The batch with the group of each row: the unit that a bootstrap resamples.
+
+        Raises:
+            InputError: not one group per row.
+        """
+        if len(groups) != self.size:
+            raise InputError(f"{len(groups)} groups for {self.size} rows")
+        return replace(self, groups=tuple(str(one) for one in groups))
 
     @property
     def size(self) -> int:

@@ -54,9 +54,10 @@ class RunData:
     def probe_table(self, kind: str, *needed: str) -> pd.DataFrame | None:
         """A table of a head divergence probe ("heads", "tokens", "t_vhd"), of the reference and, if there is one, on captions."""
         ending = f"_{kind}"
-        for name in sorted(self.table_names, key=lambda one: (one != f"head_divergence{ending}", one)):
-            frame = self.table(name, *needed) if name.endswith(ending) or name == kind else None
-            if frame is None:
+        names = [one for one in self.table_names if one.startswith("head_divergence") and one.endswith(ending)]
+        for name in sorted(names, key=len):
+            frame = self.table(name, *needed)
+            if frame is None or "model" in frame.columns:
                 continue
             if "condition" in frame.columns:
                 known = list(frame["condition"].astype(str).unique())

@@ -12,8 +12,9 @@ from typing import Final
 from matplotlib.figure import Figure
 
 from slitlamp.errors import InputError, unknown
-from slitlamp.reports import compose, findings, notes, probe_findings
+from slitlamp.reports import compose, findings, notes, probe_findings, probe_sections
 from slitlamp.reports.data import RunData
+from slitlamp.reports.drawing import Drawing
 from slitlamp.reports.style import WIDE, style
 
 PNG_DPI: Final = 200
@@ -58,7 +59,23 @@ FIGURES: Final[dict[str, RunFigure]] = {
         "Hallucination by order of mention", compose.mention_index, notes.mention_index, findings.mention_findings
     ),
 }
-"""Every figure that a run can have, in the order of the report."""
+"""The figures of scores and head divergence, in the order of the report; those of probes are found in the run."""
+
+
+def run_figures(data: RunData) -> dict[str, RunFigure]:
+    """Every figure that a run can have, in the order of the report: the token ledger first, other probes last."""
+    declared = {name: _declared(*one) for name, one in probe_sections.declared(data).items()}
+    first = {name: one for name, one in declared.items() if name.startswith(probe_sections.FIRST)}
+    return {**first, **FIGURES, **declared}
+
+
+def _declared(drawing: Drawing, key: str, said: list[str]) -> RunFigure:
+    return RunFigure(
+        drawing.title,
+        lambda data, width: drawing.draw(probe_sections.tables_of(data, key), width),
+        lambda data: drawing.caption(probe_sections.tables_of(data, key)) + probe_sections.part_text(data, key),
+        lambda data: said,
+    )
 
 
 def figure(run_folder: str | Path, name: str, *, width: float = WIDE) -> Figure:
@@ -66,16 +83,18 @@ def figure(run_folder: str | Path, name: str, *, width: float = WIDE) -> Figure:
 
     Args:
         run_folder: the folder of the run.
-        name: one of `FIGURES`.
+        name: one of `figure_names`.
         width: in inches; panels are stacked where it is narrow.
 
     Raises:
         UnknownNameError: there is no such figure.
         InputError: the run has no data for it.
     """
-    if name not in FIGURES:
-        raise unknown("figure", name, FIGURES)
-    drawn = FIGURES[name].draw(RunData(Path(run_folder)), width)
+    data = RunData(Path(run_folder))
+    known = run_figures(data)
+    if name not in known:
+        raise unknown("figure", name, known)
+    drawn = known[name].draw(data, width)
     if drawn is None:
         available = ", ".join(figure_names(run_folder)) or "none"
         raise InputError(f"the run {run_folder} has no data for the figure {name!r}; figures of this run: {available}")
@@ -85,7 +104,7 @@ def figure(run_folder: str | Path, name: str, *, width: float = WIDE) -> Figure:
 def figure_names(run_folder: str | Path) -> list[str]:
     """Names of the figures that a run has data for."""
     data = RunData(Path(run_folder))
-    return [name for name, one in FIGURES.items() if one.draw(data, WIDE) is not None]
+    return [name for name, one in run_figures(data).items() if one.draw(data, WIDE) is not None]
 
 
 def to_svg(drawn: Figure) -> bytes:

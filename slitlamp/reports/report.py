@@ -16,7 +16,7 @@ from markupsafe import Markup
 from slitlamp.experiments.storage import write_bytes
 from slitlamp.reports import compose, findings, tables
 from slitlamp.reports.data import RunData
-from slitlamp.reports.figures import FIGURES, RunFigure, to_png, to_svg
+from slitlamp.reports.figures import FIGURES, RunFigure, run_figures, to_png, to_svg
 from slitlamp.reports.metrics import DEFINITIONS, METRICS, is_pope, split_name
 from slitlamp.reports.showcase import Scene, read_scenes
 from slitlamp.reports.style import NARROW, WIDE
@@ -59,7 +59,9 @@ def write_report(run_folder: str | Path) -> Path:
         RunFolderError: this is no run folder, or it cannot be written.
     """
     data = RunData(Path(run_folder))
-    sections = [section for name, one in FIGURES.items() if (section := _section(data, name, one)) is not None]
+    sections = [
+        section for name, one in run_figures(data).items() if (section := _section(data, name, one)) is not None
+    ]
     page = _environment().get_template("report.html.j2").render(_context(data, sections))
     path = data.folder / "report.html"
     write_bytes(path, page.encode())

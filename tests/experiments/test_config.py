@@ -87,7 +87,7 @@ def test_overrides() -> None:
         ("", r"expected keys and values, found NoneType"),
         ("datasets:\n- {name: a, questions: q.jsonl}\n", r"x.yaml:2: datasets.0: questions: only with 'task'"),
         ("datasets:\n- {name: a, task: pope}\n", r"datasets.0: .*also needs images, questions"),
-        ("datasets:\n- {name: a, task: pope, questions: q, images: i, synonyms: s}\n", r"takes no synonyms"),
+        ("datasets:\n- {name: a, task: pope, questions: q, images: i, captions: s}\n", r"takes no captions"),
         ("datasets: [a]\nx: !!python/object/apply:os.system [ls]\n", r"x.yaml:2: malformed YAML"),
     ],
 )

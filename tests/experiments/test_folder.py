@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slitlamp.errors import RunFolderError
-from slitlamp.experiments.folder import Part, RunFolder, Unit, differences
+from slitlamp.experiments.folder import RunFolder, Unit, UnitResult, differences
 
 CONFIG = {"seed": 0, "conditions": {"baseline": [], "vhr": [{"HeadReinforcement": {"alpha": 2.0}}]}, "take": None}
 
@@ -16,7 +16,7 @@ CONFIG = {"seed": 0, "conditions": {"baseline": [], "vhr": [{"HeadReinforcement"
 def test_a_part_comes_back_whole(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     unit = Unit("baseline", "emoji_scenes/captions", 3)
-    part = Part(
+    part = UnitResult(
         predictions=[{"id": "1", "text": "a <b>\n", "n": 3, "label": None}],
         states={"head_divergence": {"sum": np.ones((2, 3)), "tokens/word": np.array(["a", "dog"])}, "empty": {}},
         seconds={"generate": 0.5},
@@ -50,7 +50,7 @@ def test_the_same_configuration_may_go_on_and_another_may_not(tmp_path: Path) ->
 def test_overwrite_deletes_the_earlier_run_and_nothing_else(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with folder.open(CONFIG):
-        folder.write_part(Unit("a", "b", 0), Part([]))
+        folder.write_part(Unit("a", "b", 0), UnitResult([]))
         (folder.path / "notes.txt").write_text("mine")
     with folder.open({"seed": 5}, overwrite=True):
         assert not folder.has_part(Unit("a", "b", 0))

@@ -1,0 +1,103 @@
+"""The figures of a run's probes, as figures of the run: drawn from its tables by what each probe declares."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Final
+
+import pandas as pd
+
+from slitlamp.reports import causal
+from slitlamp.reports.data import RunData
+from slitlamp.reports.drawing import Drawing, Tables
+
+FIRST: Final = "token_ledger"
+"""The probe whose figures come before all others."""
+_DRAWN_ELSEWHERE: Final = {"head_divergence": {"head_map", "head_intervals", "t_vhd_histogram"}}
+"""Figures that the report draws itself, together with others."""
+
+
+def probe_keys(data: RunData) -> list[str]:
+    """The names that the tables of the run's probes start with, in the order of its configuration."""
+    known = data.environment.get("probes")
+    keys = list(known) if isinstance(known, dict) else []
+    return sorted(keys, key=lambda key: not key.startswith(FIRST))
+
+
+def drawings(key: str) -> dict[str, Drawing]:
+    """What the probe behind a key declares; a second probe of a name has a number after it."""
+    for name in (key, key.rstrip("0123456789").rstrip("_")):
+        found: dict[str, Drawing] = {}
+        for point in entry_points(group="slitlamp.probe_figures", name=name):
+            found |= point.load()
+        if found:
+            hidden = _DRAWN_ELSEWHERE.get(name, set())
+            return {one: drawing for one, drawing in found.items() if one not in hidden}
+    return {}
+
+
+def probe_tables(data: RunData, key: str) -> dict[str, pd.DataFrame]:
+    """The tables of a probe by its own names for them, of the first condition and data set that it measured, and those of its
+    comparisons; in a run on several models, the latter alone.
+    """
+    longer = [one for one in probe_keys(data) if one != key and one.startswith(f"{key}_")]
+    compared = f"{key}_compare_"
+    tables: dict[str, pd.DataFrame] = {}
+    for name in data.table_names:
+        if not name.startswith(f"{key}_") or any(name.startswith(f"{one}_") for one in longer):
+            continue
+        frame = data.table(name)
+        if frame is None:
+            continue
+        if name.startswith(compared):
+            tables[name.removeprefix(compared)] = frame
+        elif "model" not in frame.columns or "condition" not in frame.columns:
+            tables.setdefault(name.removeprefix(f"{key}_"), _first_part(frame))
+    return tables
+
+
+def _first_part(frame: pd.DataFrame) -> pd.DataFrame:
+    for column in ("condition", "dataset"):
+        if column in frame.columns:
+            frame = frame[frame[column] == frame[column].iloc[0]].drop(columns=column)
+    return frame.reset_index(drop=True)
+
+
+def part_text(data: RunData, key: str) -> str:
+    """Which condition and data set `probe_tables` shows, for a caption; empty where that is plain."""
+    summary = data.table(f"{key}_summary", "condition", "dataset")
+    if summary is None or "model" in summary.columns or len(summary) < 2:
+        return ""
+    one = summary.iloc[0]
+    return f" Shown: {one['dataset']}, condition {one['condition']}."
+
+
+def summary_text(data: RunData, key: str) -> list[str]:
+    """What the probe found, in its own words; where it compared parts, what it found in that too."""
+    lines = []
+    for name in (f"{key}_summary", f"{key}_compare_summary"):
+        frame = data.table(name, "summary")
+        if frame is not None and not ("model" in frame.columns and name == f"{key}_summary"):
+            lines += [str(text) for text in frame["summary"] if text][:1]
+    return lines
+
+
+def declared(data: RunData) -> dict[str, tuple[Drawing, str, list[str]]]:
+    """Name of the figure -> (drawing, key of the probe, sentences on what it shows)."""
+    found: dict[str, tuple[Drawing, str, list[str]]] = {}
+    for key in probe_keys(data):
+        said = summary_text(data, key)
+        for name, drawing in {**drawings(key), "causal": causal.DRAWING}.items():
+            lines = causal.sentences(probe_tables(data, key)) if name == "causal" else said
+            found[f"{key}_{name}"] = (drawing, key, lines)
+            if name != "causal":
+                said = []
+    return found
+
+
+def tables_of(data: RunData, key: str) -> Tables:
+    """`probe_tables`, kept for the time of a report."""
+    cache: dict[str, Tables] = data.__dict__.setdefault("_probe_tables", {})
+    if key not in cache:
+        cache[key] = probe_tables(data, key)
+    return cache[key]
