@@ -20,7 +20,7 @@ from slitlamp.models import Anatomy, Batch, family_of, read_anatomy
 from slitlamp.models.encode import encode
 from slitlamp.models.loading import complete, load_processor
 from slitlamp.models.placement import input_device, weights
-from slitlamp.tracing import Edit, Probe, Site, Trace, check_sites, session
+from slitlamp.tracing import AnyEdit, Probe, Site, Trace, check_sites, session
 from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.nonfinite import NonFinite, check_policy
 from slitlamp.tracing.probe import Labels
@@ -338,12 +338,14 @@ class VLM:
     def _interventions(self) -> list[Intervention]:
         return self._in_force.interventions
 
-    def _edits(self, batch: Batch) -> list[Edit]:
+    def _edits(self, batch: Batch) -> list[AnyEdit]:
         context = RunContext(batch=batch, anatomy=self.anatomy, trace=self._extra_pass)
         return [edit for one in self._interventions for edit in one.edits(context)]
 
-    def _extra_pass(self, batch: Batch, sites: Sequence[Site], edits: Sequence[Edit]) -> Trace:
-        trace = Trace(check_sites(sites, self.anatomy))
+    def _extra_pass(
+        self, batch: Batch, sites: Sequence[Site], edits: Sequence[AnyEdit], gradient_of: Scalar | None = None
+    ) -> Trace:
+        trace = Trace(check_sites(sites, self.anatomy), gradient_of)
         trace.source = Source(self.model, self.anatomy, self.tokenizer)
         with self._putting_back(), session(self.model, self.anatomy, batch, traces=[trace], edits=edits):
             self._call(batch, logits_to_keep=_logits_needed(sites))
@@ -373,7 +375,7 @@ class VLM:
                 setattr(owner, name, value)
 
     @torch.no_grad()
-    def forward(self, batch: Batch, *, logits_to_keep: int = 0, edits: Sequence[Edit] = ()) -> Any:
+    def forward(self, batch: Batch, *, logits_to_keep: int = 0, edits: Sequence[AnyEdit] = ()) -> Any:
         """One forward pass, under the traces and interventions in force.
 
         Args:
@@ -467,8 +469,9 @@ class VLM:
         for name, view in probe.views(self.anatomy).items():
             other, edits = view.change(batch, trace)
             wanted = sites if view.sites is None else list(view.sites)
+            gradient_of = None if view.gradient_of is None else view.gradient_of(other, trace)
             with self._lock, torch.no_grad():
-                trace.views[name] = self._extra_pass(other, wanted, edits)
+                trace.views[name] = self._extra_pass(other, wanted, edits, gradient_of)
         probe.update(batch, trace, labels)
 
     def _backend(self, backend: str, remote: bool | str) -> NNsight | None:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from slitlamp.tracing.attention_edit import AttentionEdit
 from slitlamp.tracing.call import Calls
 from slitlamp.tracing.session import Edit
+from slitlamp.tracing.sites import Positions
 
 Heads = Sequence[tuple[int, int]]
 """(layer, head) pairs, 0-based."""
@@ -114,3 +116,28 @@ def skip_block(layer: int) -> list[Edit]:
         return before.pop().to(values.device)
 
     return [Edit("resid_pre", layer, keep), Edit("resid_post", layer, put_back)]
+
+
+def knock_out(layers: Sequence[int], queries: Positions, keys: Positions) -> list[AttentionEdit]:
+    """Cut the attention of some positions to others, in all heads: score(q, k) = -inf (attention knockout, Geva et al.,
+    EMNLP 2023, Sec. 4; Zhang et al., CVPR 2025, "Cross-modal Information Flow").
+
+    Every position keeps its attention to itself, so that no row is left without a key.
+
+    Args:
+        layers: where it is cut.
+        queries: the positions that may not look: a name of positions, or bool [batch, position].
+        keys: the positions that they may not look at. Tokens that are generated are among positions given by a name as
+            they come, and never among those of a mask.
+    """
+
+    def cut(rows: Tensor, columns: Tensor, calls: Calls) -> Tensor:
+        selection = calls.select_keys(keys)
+        length = calls.batch.length + max(calls.number, 0)
+        hidden = torch.zeros(calls.batch.size, length, dtype=torch.bool, device=columns.device)
+        if selection is not None:
+            row, slot = selection.valid.nonzero(as_tuple=True)
+            hidden[row.to(hidden.device), selection.index[row, slot].to(hidden.device)] = True
+        return hidden[:, None, None, columns] & (rows[:, None, :, None] != columns)
+
+    return [AttentionEdit(layer, cut, queries) for layer in layers]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from slitlamp.errors import InputError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
-from slitlamp.tracing.session import Edit
+from slitlamp.tracing.session import AnyEdit
 from slitlamp.tracing.sites import Site
 from slitlamp.tracing.trace import Trace
 
@@ -30,7 +30,7 @@ class RunContext:
 
     batch: Batch
     anatomy: Anatomy
-    trace: Callable[[Batch, Sequence[Site], Sequence[Edit]], Trace]
+    trace: Callable[[Batch, Sequence[Site], Sequence[AnyEdit]], Trace]
 
 
 class Intervention(ABC):
@@ -53,7 +53,7 @@ class Intervention(ABC):
         """
 
     @abstractmethod
-    def edits(self, run: RunContext) -> list[Edit]:
+    def edits(self, run: RunContext) -> Sequence[AnyEdit]:
         """The edits of one run, in order."""
 
     def controls(self) -> dict[str, Intervention]:

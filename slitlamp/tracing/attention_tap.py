@@ -8,6 +8,9 @@ recorded, the configurations of the recorded modules carry our names; the output
 - sdpa, flash attention: the original function runs as ever; rows are recomputed from the same queries, keys and mask.
 - eager: the model's own eager function runs in blocks of query rows; rows are what that function returns.
 
+Edits of attention (`slitlamp.tracing.attention_edit`) go the same way: under sdpa the edited rows are computed anew by the
+original with the edited mask, under eager each block gets its own; flash attention takes no such mask and is refused.
+
 The matrix of all rows by all columns is never built.
 """
 
@@ -30,6 +33,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slitlamp.errors import UnsupportedError
+from slitlamp.tracing.attention_edit import EditedMask, Editor
 from slitlamp.tracing.attention_rows import (
     AttentionCall,
     DecodeCall,
@@ -49,10 +53,15 @@ Output = tuple[Tensor, Tensor | None]
 
 @dataclass
 class _Watch:
-    """Who watches a module, and how many calls of the attention function its present forward has made."""
+    """Who watches and edits a module, and how many calls of the attention function its present forward has made."""
 
     observers: list[Observer]
+    editor: Editor | None = None
     calls: int = 0
+
+    def edits(self, query: Tensor, n_keys: int, mask: Tensor | None, *, is_causal: bool = False) -> EditedMask | None:
+        """The edits in a call of the attention function; None where there are none."""
+        return None if self.editor is None else self.editor.of_call(query, n_keys, mask, is_causal=is_causal)
 
     def see(
         self,
@@ -112,13 +121,28 @@ def _tapped_sdpa(
     watch = _observers.get(id(module))
     if watch is not None:
         _refuse(module, options, _NOT_UNDER_SDPA)
-        if query.shape[2] == 1 and watch.remember(query, key, attention_mask, options.get("scaling")):
-            return output
         causal = options.get("is_causal")
         causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
         is_causal = causal and attention_mask is None and query.shape[2] > 1
+        edited = watch.edits(query, key.shape[2], attention_mask, is_causal=is_causal)
+        if edited is not None:
+            options = {**options, "is_causal": False}  # it is in the mask
+
+            def attend(rows: Tensor, mask: Tensor) -> Tensor:
+                taken = take_rows(query, rows)
+                again: Output = ALL_ATTENTION_FUNCTIONS["sdpa"](module, taken, key, value, mask, **options)
+                return again[0]
+
+            output = (edited.rewrite(output[0], attend), None)
+        if query.shape[2] == 1:
+            mask = attention_mask if edited is None else edited.of(slice(None))
+            if watch.remember(query, key, mask, options.get("scaling")):
+                return output
 
         def weights(rows: QueryRows, heads: Sequence[int] | None) -> Tensor:
+            if edited is not None:
+                taken, mask = take_rows(query, rows), edited.of(rows)
+                return attention_rows(taken, key, mask, heads=heads, scaling=options.get("scaling"))
             return attention_rows(
                 query,
                 key,
@@ -158,6 +182,11 @@ def _tapped_flash(
     output: Output = ALL_ATTENTION_FUNCTIONS[name](renamed, query, key, value, attention_mask, **options)
     watch = _observers.get(id(module))
     if watch is not None:
+        if watch.editor is not None:
+            raise UnsupportedError(
+                f"{type(module).__name__} runs attention by {name}, which takes no mask of (query, key) pairs, so that its "
+                "attention cannot be edited; load the model with attn_implementation='sdpa'"
+            )
         _refuse(module, options, _NOT_UNDER_FLASH)
         causal = options.get("is_causal")
         causal = bool(module.is_causal) if causal is None else bool(causal)
@@ -259,17 +288,21 @@ def _tapped_eager(
     eager: Callable[..., tuple[Tensor, Tensor]] = _own_eager(cast("Any", type(module)))
     watch = _observers.get(id(module))
     n_queries = query.shape[2]
+    if watch is None:
+        return eager(module, query, key, value, attention_mask, **options)
+    edited = watch.edits(query, key.shape[2], attention_mask)
 
     def run(rows: QueryRows, value: Tensor) -> tuple[Tensor, Tensor]:
         bias = options.get("position_bias")
         changed = options if bias is None else {**options, "position_bias": take_rows(bias, rows)}
-        mask = attention_mask if attention_mask is None else take_rows(attention_mask, rows)
+        if edited is not None:
+            mask: Tensor | None = edited.of(rows)
+        else:
+            mask = attention_mask if attention_mask is None else take_rows(attention_mask, rows)
         return eager(module, take_rows(query, rows), key, value, mask, **changed)
 
-    if watch is None:
-        return eager(module, query, key, value, attention_mask, **options)
     block = block_rows(query.shape[0], query.shape[1], key.shape[2])
-    if block >= n_queries:
+    if block >= n_queries and edited is None:
         output, _ = eager(module, query, key, value, attention_mask, **options)
     else:
         output = _in_blocks(lambda rows: run(rows, value)[0], n_queries, block)
@@ -341,8 +374,11 @@ def _let_go(config: Any) -> None:
 
 
 @contextmanager
-def observed(observers: Mapping[nn.Module, Sequence[Observer]]) -> Iterator[None]:
-    """Let observers see the attention of some modules; on exit the modules and their configurations are what they were.
+def observed(
+    observers: Mapping[nn.Module, Sequence[Observer]], editors: Mapping[nn.Module, Editor] | None = None
+) -> Iterator[None]:
+    """Let observers see, and editors change, the attention of some modules; on exit the modules and their configurations are
+    what they were.
 
     Raises:
         UnsupportedError: attention that cannot be tapped: an implementation without a tap, or a module that does not take
@@ -350,29 +386,33 @@ def observed(observers: Mapping[nn.Module, Sequence[Observer]]) -> Iterator[None
     """
     held: list[Any] = []
     hooks = []
+    editors = editors or {}
+    modules = list(dict.fromkeys([*observers, *editors]))
 
     def over(module: nn.Module, args: Any, output: Any) -> None:
         watch = _observers[id(module)]
         if watch.calls == 0:
             raise UnsupportedError(
                 f"{type(module).__name__} did not call transformers' attention interface, so its attention cannot be "
-                "recorded"
+                "recorded or edited"
             )
         watch.calls = 0
         for observer in watch.observers:
             observer.end()
 
-    before = {module: _observers.get(id(module)) for module in observers}
+    before = {module: _observers.get(id(module)) for module in modules}
     try:
-        for module in observers:
+        for module in modules:
             config = getattr(module, "config", None)
             if not hasattr(config, "_attn_implementation"):
                 raise UnsupportedError(f"{type(module).__name__} has no configuration that chooses its attention")
             _hold(config)
             held.append(config)
-        for module, functions in observers.items():
+        for module in modules:
             earlier = before[module]
-            _observers[id(module)] = _Watch([*(earlier.observers if earlier else ()), *functions])
+            seeing = [*(earlier.observers if earlier else ()), *observers.get(module, ())]
+            editor = editors.get(module) or (earlier.editor if earlier else None)
+            _observers[id(module)] = _Watch(seeing, editor)
             if earlier is None:  # else the outer one's hook does
                 hooks.append(module.register_forward_hook(over))
         yield

@@ -14,7 +14,8 @@ import pandas as pd
 from slitlamp.errors import InputError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
-from slitlamp.tracing.session import Edit
+from slitlamp.tracing.gradients import Scalar
+from slitlamp.tracing.session import AnyEdit
 from slitlamp.tracing.sites import Site
 from slitlamp.tracing.trace import Trace
 
@@ -32,7 +33,7 @@ answer of a yes/no question), and where the data set knows them `category` (the 
 it is: a list of (left, top, right, bottom) in shares of the image).
 """
 
-EditsOf = Callable[[Batch], list[Edit]]
+EditsOf = Callable[[Batch], Sequence[AnyEdit]]
 """From a batch to the edits of a run on it."""
 
 
@@ -44,10 +45,13 @@ class View:
         change: (batch, recordings so far) -> the batch to run, and the edits to run it with. `trace` holds the main run,
             and in `trace.views` the views before this one.
         sites: what to record in it; None for the probe's own sites.
+        gradient_of: (batch, recordings so far) -> the scalar whose gradients with respect to what is recorded are put into
+            `trace.views[name].gradients` (see `VLM.trace`); None for no gradients.
     """
 
-    change: Callable[[Batch, Trace], tuple[Batch, list[Edit]]]
+    change: Callable[[Batch, Trace], tuple[Batch, Sequence[AnyEdit]]]
     sites: Sequence[Site] | None = None
+    gradient_of: Callable[[Batch, Trace], Scalar] | None = None
 
 
 @dataclass(frozen=True)

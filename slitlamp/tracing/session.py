@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
+from slitlamp.tracing.attention_edit import AttentionEdit, Editor, check_attention_edit
 from slitlamp.tracing.attention_rows import Observer
 from slitlamp.tracing.attention_tap import observed
 from slitlamp.tracing.call import Calls
@@ -47,6 +48,10 @@ class Edit:
     site: str
     layer: int
     function: Callable[[Tensor, Calls], Tensor]
+
+
+AnyEdit = Edit | AttentionEdit
+"""A change of what the model computes: of the values at a site, or of attention before its softmax."""
 
 
 class _Run:
@@ -93,13 +98,13 @@ def session(
     batch: Batch,
     *,
     traces: Sequence[Trace] = (),
-    edits: Sequence[Edit] = (),
+    edits: Sequence[AnyEdit] = (),
     end_tokens: tuple[int, ...] = (),
     decoding: bool = False,
 ) -> Iterator[Calls]:
     """Attach recorders and edits to a model for one run.
 
-    Edits act in the order given; a recording at the site of an edit shows the edited values.
+    Edits act in the order given; a recording at the site of an edit shows the edited values. Edits of attention add up.
 
     Args:
         model: the Hugging Face model. On exit, exceptions included, it has the hooks and attention it had before.
@@ -123,7 +128,9 @@ def session(
             raise InputError(
                 "gradients need one forward pass: vlm.forward(batch) or vlm.forward(generation.teacher_forced())"
             )
-    for edit in edits:
+    of_states = [edit for edit in edits if isinstance(edit, Edit)]
+    of_attention = [edit for edit in edits if isinstance(edit, AttentionEdit)]
+    for edit in of_states:
         if edit.site not in STATE_SITES or edit.site == "logits":
             editable = ", ".join(name for name in STATE_SITES if name in anatomy.places and name != "logits")
             raise UnsupportedError(f"{edit.site!r} cannot be edited; sites that can: {editable}")
@@ -136,6 +143,8 @@ def session(
     for trace in traces:
         for site in trace.sites.values():
             calls.check(site)
+    for one in of_attention:
+        check_attention_edit(one, anatomy, calls)
     run = _Run(model, anatomy, batch)
     recorders = [Recorder(trace, anatomy, calls, run.tiles) for trace in traces]
     observers: dict[nn.Module, list[Observer]] = {}
@@ -161,7 +170,7 @@ def session(
 
         generator = model.get_submodule(anatomy.modules["generator"])
         stack.callback(generator.register_forward_pre_hook(begin, with_kwargs=True, prepend=True).remove)
-        for edit in reversed(edits):  # each goes before those registered already
+        for edit in reversed(of_states):  # each goes before those registered already
             view = run.view(edit.site, edit.layer)
             if not view.can_be_changed:
                 raise UnsupportedError(_why_not(edit, view))
@@ -195,8 +204,10 @@ def session(
                         stack.callback(handle.remove)
                         if isinstance(site.positions, Tensor) or site.positions == "image":
                             of_prompt.append(handle)  # no token that is decoded is among these positions
-        if observers:
-            stack.enter_context(observed(observers))
+        by_layer = {one.layer: [edit for edit in of_attention if edit.layer == one.layer] for one in of_attention}
+        editors = {run.module("attention", layer): Editor(some, calls) for layer, some in by_layer.items()}
+        if observers or editors:
+            stack.enter_context(observed(observers, editors))
 
         def end(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             grows = type(kwargs.get("past_key_values")) is DynamicCache

@@ -72,7 +72,7 @@ class SiteRecord(Mapping[int, Tensor]):
     @property
     def layers(self) -> tuple[int, ...]:
         """The recorded layers."""
-        return tuple(self._steps[0].values[self.site.label]) if self._steps else ()
+        return tuple(sorted(self._steps[0].values[self.site.label])) if self._steps else ()
 
     @property
     def axes(self) -> tuple[str, ...]:

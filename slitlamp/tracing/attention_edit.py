@@ -1,0 +1,215 @@
+"""Edits of attention before the softmax: (query, key) pairs that are cut, or a bias that is added to their scores.
+
+An edit acts in the model's own attention function: the rows it asks for are given another mask, all others are left as they
+are, bit for bit. What is held at once is the mask of one block of edited rows, [batch, head or 1, block, key] with at most
+`BLOCK_ELEMENTS` weights behind it, never that of all rows by all columns; beside it, one copy of the module's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slitlamp.errors import InputError, UnsupportedError
+from slitlamp.models.anatomy import Anatomy
+from slitlamp.tracing.attention_rows import QueryRows, block_rows, take_rows
+from slitlamp.tracing.call import Calls, Selection
+from slitlamp.tracing.site_checks import n_layers_of
+from slitlamp.tracing.sites import TEXT_POSITIONS, Positions
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionEdit:
+    """A change of the scores of a layer's self-attention, before the softmax.
+
+    Several edits of one layer add up: their biases are summed, and a pair is cut if one of them cuts it. A recording of
+    `attention` shows the edited weights; those of a pair that is cut are 0.
+
+    Attributes:
+        layer: 0-based layer of the language model.
+        function: (query positions int64 [batch, query], key positions int64 [key], calls) -> a tensor that broadcasts to
+            [batch, head, query, key]: bool, true where a query may not attend to a key; or of floating point, what is added
+            to the scores (-inf cuts). Positions are those of the batch, padding included; the token that decode step t runs
+            over has position `batch.length + t - 1`. It is called for one block of rows at a time.
+        queries: the rows that are edited; those of padding never are.
+    """
+
+    layer: int
+    function: Callable[[Tensor, Tensor, Calls], Tensor]
+    queries: Positions = "all"
+
+
+def check_attention_edit(edit: AttentionEdit, anatomy: Anatomy, calls: Calls) -> None:
+    """Refuse an edit that does not fit the model or the batch.
+
+    Raises:
+        InputError: a layer outside the model, or rows that are no name of positions and no mask of the batch's shape.
+        UnsupportedError: a layer without self-attention of its own.
+    """
+    n_layers = n_layers_of("attention", anatomy)
+    if not 0 <= edit.layer < n_layers:
+        raise InputError(f"an edit of the attention of layer {edit.layer}; the model has layers 0 to {n_layers - 1}")
+    anatomy.place("attention", edit.layer)
+    shape = [calls.batch.size, calls.batch.length]
+    if isinstance(edit.queries, Tensor):
+        if list(edit.queries.shape) != shape or edit.queries.dtype != torch.bool:
+            raise InputError(
+                f"the rows of an attention edit: expected bool {shape}, found {edit.queries.dtype} "
+                f"{list(edit.queries.shape)}"
+            )
+    elif edit.queries not in TEXT_POSITIONS:
+        raise InputError(f"the rows of an attention edit: {edit.queries!r} is not one of {', '.join(TEXT_POSITIONS)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Editor:
+    """The edits of one module's attention during one run."""
+
+    edits: Sequence[AttentionEdit]
+    calls: Calls
+
+    def of_call(self, query: Tensor, n_keys: int, mask: Tensor | None, *, is_causal: bool) -> EditedMask | None:
+        """The edits in one call of the attention function; None where no row of it is edited.
+
+        Args:
+            query: [batch, head, query, d_head].
+            n_keys: how many keys there are: those of all positions so far, or, behind a sliding window, the last ones.
+            mask: what the model gave: None, bool (true: may attend), or additive.
+            is_causal: whether the attention function itself hides later keys.
+
+        Raises:
+            UnsupportedError: a call over something else than the positions of the batch.
+        """
+        batch = self.calls.batch
+        n_queries = batch.length if self.calls.is_prefill else 1
+        if query.shape[0] != batch.size or query.shape[2] != n_queries:
+            raise UnsupportedError(
+                f"attention over {list(query.shape[:3:2])} rows and queries, expected {[batch.size, n_queries]}: this "
+                "model's attention does not run over the positions of the batch and cannot be edited"
+            )
+        if mask is not None and mask.ndim != 4:
+            raise UnsupportedError(f"an attention mask of shape {list(mask.shape)}; expected [batch, head, query, key]")
+        chosen = [(edit, self._members(edit, n_queries, query.device)) for edit in self.edits]
+        chosen = [(edit, members) for edit, members in chosen if bool(members.any())]
+        return EditedMask(chosen, self.calls, query, n_keys, mask, is_causal) if chosen else None
+
+    def _members(self, edit: AttentionEdit, n_queries: int, device: torch.device) -> Tensor:
+        """bool [batch, query], true at the rows that an edit changes."""
+        selection = self.calls.select(edit.queries)
+        members = torch.zeros(self.calls.batch.size, n_queries, dtype=torch.bool, device=device)
+        if selection is not None:
+            row, slot = selection.valid.nonzero(as_tuple=True)
+            members[row.to(device), selection.index[row, slot].to(device)] = True
+        return members
+
+
+class EditedMask:
+    """The mask of one call of the attention function with edits in it, made for the query rows that are asked for."""
+
+    def __init__(
+        self,
+        edits: Sequence[tuple[AttentionEdit, Tensor]],
+        calls: Calls,
+        query: Tensor,
+        n_keys: int,
+        mask: Tensor | None,
+        is_causal: bool,
+    ) -> None:
+        self._edits = edits
+        self._calls = calls
+        self._query = query
+        self._mask = mask if mask is None else mask[..., :n_keys]
+        self._is_causal = is_causal
+        length = calls.batch.length + max(calls.number, 0)
+        first = max(0, length - n_keys)
+        self._keys = torch.arange(first, first + n_keys, device=query.device)
+        self._first_query = 0 if calls.is_prefill else length - 1
+
+    def of(self, rows: QueryRows) -> Tensor:
+        """The additive mask of some query rows, [batch, head or 1, chosen, key], in the dtype of the queries.
+
+        Raises:
+            InputError: an edit that leaves a row nothing to attend to, or that gives something else than a bias or pairs.
+        """
+        query = self._query
+        batch, heads, n_queries = query.shape[:3]
+        index = torch.arange(n_queries, device=query.device)[rows][None] if isinstance(rows, slice) else rows
+        index = index.to(query.device).expand(batch, -1)
+        total, hidden = self._given(rows, index)
+        shape = (batch, heads, index.shape[1], len(self._keys))
+        for edit, members in self._edits:
+            found = edit.function(index + self._first_query, self._keys, self._calls)
+            self._check(edit, found, shape)
+            here = members.gather(1, index)[:, None, :, None]
+            found = found.to(query.device)
+            if found.dtype == torch.bool:
+                total = total.masked_fill(found & here, -torch.inf)
+            else:
+                total = total + torch.where(here, found, 0).to(total.dtype)
+            empty = here & (hidden | (total == -torch.inf)).all(dim=-1, keepdim=True)
+            if bool(empty.any()):
+                self._refuse_empty(edit, empty, index)
+        return total
+
+    def _given(self, rows: QueryRows, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model itself adds to the scores of some rows, and bool, true where that hides a key.
+
+        A model that hides keys by a value that is only very low is given that value back: rows of padding, all of whose
+        keys are hidden, would be NaN with -inf.
+        """
+        query, shape = self._query, (index.shape[0], 1, index.shape[1], len(self._keys))
+        if self._mask is None:
+            hidden = torch.zeros(shape, dtype=torch.bool, device=query.device)
+            total = hidden.to(query.dtype)
+        else:
+            given = take_rows(self._mask, rows if isinstance(rows, slice) else index)
+            given = given.expand(shape[0], given.shape[1], *shape[2:])
+            if given.dtype == torch.bool:
+                hidden = ~given
+                total = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, -torch.inf)
+            else:
+                hidden, total = given <= torch.finfo(given.dtype).min / 2, given.to(query.dtype)
+        if self._is_causal:
+            later = self._keys > (index + self._first_query)[:, None, :, None]
+            hidden, total = hidden | later, total.masked_fill(later, -torch.inf)
+        return total, hidden
+
+    @staticmethod
+    def _check(edit: AttentionEdit, found: Tensor, shape: tuple[int, ...]) -> None:
+        fits = found.ndim == 4 and all(have in (1, want) for have, want in zip(found.shape, shape, strict=True))
+        if not fits or not (found.dtype == torch.bool or found.is_floating_point()):
+            raise InputError(
+                f"an edit of the attention of layer {edit.layer} must give bool pairs or a floating bias that broadcasts to "
+                f"{list(shape)}; it gave {found.dtype} {list(found.shape)}"
+            )
+
+    def _refuse_empty(self, edit: AttentionEdit, empty: Tensor, index: Tensor) -> None:
+        row, _, query, _ = empty.nonzero()[0].tolist()
+        raise InputError(
+            f"an edit of the attention of layer {edit.layer} leaves position {int(index[row, query]) + self._first_query} "
+            f"of item {self._calls.batch.ids[row]!r} nothing to attend to; leave every query at least one key, its own"
+        )
+
+    def rewrite(self, output: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The output [batch, query, head, d_head] of the attention function with the edited rows computed anew.
+
+        Args:
+            output: without the edits.
+            attend: (query rows int64 [batch, chosen], their mask) -> [batch, chosen, head, d_head].
+        """
+        batch, heads = self._query.shape[:2]
+        members = torch.stack([one for _, one in self._edits]).any(dim=0)
+        selection = Selection.of(members)
+        changed = output.clone()
+        block = block_rows(batch, heads, len(self._keys))
+        for start in range(0, selection.count, block):
+            index = selection.index[:, start : start + block]
+            valid = selection.valid[:, start : start + block]
+            # places that fill a row up must not be hidden altogether: softmax of nothing is NaN, also in gradients
+            mask = self.of(index).masked_fill(~valid[:, None, :, None], 0)
+            row, slot = valid.nonzero(as_tuple=True)
+            changed[row.to(output.device), index[row, slot].to(output.device)] = attend(index, mask)[row, slot]
+        return changed
