@@ -8,7 +8,7 @@ text, at the tokens that name objects (or at the answers, or at every generated 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +34,9 @@ OUTCOMES = {
     "gap": "change for true minus change for false ones, in nats: above zero, the text becomes more truthful",
 }
 _Sums = NDArray[np.float64]
-"""[item, 5]: tokens, KL, and of true and of false tokens the change of log p; with their counts: [item, 6]."""
+"""[row, 6]: number of tokens and sum of their KL; number of true tokens and sum of their changes of log p; the same of false."""
+_ENDLESS = 1e12
+"""Stands for the ratio to a control that changes nothing, while quantiles are taken."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,13 @@ def _table(target: CausalTarget, sums: _Sums, draws: _Sums, options: dict[str, f
 
     def statistic(total: _Sums) -> _Sums:
         own, controls = _effects(total[..., :width]), _effects(total[..., width:])
-        return np.concatenate([own, controls, own - controls, ratio(own[..., :1], controls[..., :1])], axis=-1)
+        kl, control_kl = own[..., :1], controls[..., :1]
+        times = np.where((control_kl == 0) & (kl > 0), _ENDLESS, ratio(kl, control_kl))
+        return np.concatenate([own, controls, own - controls, times], axis=-1)
 
     found = cluster_bootstrap(np.hstack([sums, draws.mean(axis=0)]), statistic, **options)  # type: ignore[arg-type]
     assert isinstance(found, list)
+    found = [_endless(one) for one in found]
     own, each = _effects(sums.sum(axis=0)), _effects(draws.sum(axis=1))
     rows = []
     for place, outcome in enumerate(OUTCOMES):
@@ -187,6 +192,11 @@ def _table(target: CausalTarget, sums: _Sums, draws: _Sums, options: dict[str, f
             }
         )
     return pd.DataFrame(rows)
+
+
+def _endless(one: Interval) -> Interval:
+    value, low, high = (np.inf if end >= _ENDLESS else end for end in (one.value, one.low, one.high))
+    return replace(one, value=value, low=low, high=high)
 
 
 def _columns(name: str, one: Interval, bare: bool | None = None) -> dict[str, float]:
