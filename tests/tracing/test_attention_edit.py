@@ -1,0 +1,279 @@
+"""Edits of attention: equal to a mask written into the model's own eager attention, in every family and when decoding."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from contract import TEXTS, close, encode, pictures_of, prompt
+from edits import Edits
+from tiny_models import BUILDERS
+from tiny_models.common import random_image
+
+from slitlamp.decoding.edits import knock_out
+from slitlamp.errors import InputError, UnsupportedError
+from slitlamp.models import Batch
+from slitlamp.tracing import AttentionEdit, attention_rows, sites
+from slitlamp.tracing.attention_tap import _held, _observers
+from slitlamp.vlm import VLM
+
+FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "smolvlm", "paligemma gemma2", "gemma3")
+"""GQA in all; packed towers, image tokens in several places, sliding windows, soft-capped scores."""
+
+
+def built(name: str, implementation: str) -> VLM:
+    vlm = BUILDERS[name]()
+    vlm.model.set_attn_implementation(implementation)
+    return vlm
+
+
+def logits_with_mask(vlm: VLM, batch: Batch, biases: dict[int, torch.Tensor]) -> torch.Tensor:
+    """The reference: a copy under eager attention whose modules are handed a mask [batch, head or 1, T, T] with the bias."""
+    model: Any = copy.deepcopy(vlm.model)
+    model.set_attn_implementation("eager")
+
+    def add(bias: torch.Tensor) -> Any:
+        def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            mask = kwargs["attention_mask"]
+            assert mask.is_floating_point()
+            return args, {**kwargs, "attention_mask": mask + bias}
+
+        return hook
+
+    for layer, bias in biases.items():
+        model.get_submodule(vlm.anatomy.attention(layer)).register_forward_pre_hook(add(bias), with_kwargs=True)
+    with torch.no_grad():
+        return model(**batch.inputs(), use_cache=False).logits
+
+
+def pairs(batch: Batch, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """-inf at the pairs [batch, 1, T, T] of some queries and keys, but for each position with itself."""
+    cut = queries[:, None, :, None] & keys[:, None, None, :] & ~torch.eye(batch.length, dtype=torch.bool)
+    return torch.zeros(cut.shape).masked_fill(cut & batch.real_mask[:, None, :, None], -torch.inf)
+
+
+def last(batch: Batch) -> torch.Tensor:
+    mask = torch.zeros_like(batch.image_mask)
+    mask[:, -1] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [(name, kind) for name in FAMILIES for kind in ("sdpa", "eager") if (name, kind) != ("paligemma gemma2", "sdpa")],
+)  # Gemma 2 soft-caps its scores, which sdpa cannot: it has eager attention only
+def test_a_knockout_equals_a_mask_in_the_models_own_eager_attention(family: str, implementation: str) -> None:
+    vlm = built(family, implementation)
+    batch = encode(vlm, pictures_of(vlm))
+    edits = [*knock_out([0, 1], "text_after_image", "image"), *knock_out([1], "last", "text")]
+    bias = pairs(batch, batch.text_after_image_mask, batch.image_mask)
+    wanted = logits_with_mask(vlm, batch, {0: bias, 1: bias + pairs(batch, last(batch), batch.text_mask)})
+    plain = vlm.forward(batch).logits
+    found = vlm.forward(batch, edits=edits).logits
+    real = batch.real_mask
+    close(found[real], wanted[real])
+    assert (found - plain)[real].abs().max() > 1e-3
+    assert torch.equal(vlm.forward(batch).logits, plain)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_a_bias_of_each_head_equals_the_same_mask(family: str, implementation: str) -> None:
+    vlm = built(family, implementation)
+    batch = encode(vlm, pictures_of(vlm))
+    full = torch.randn(batch.size, vlm.anatomy.n_heads, batch.length, batch.length)
+
+    def bias(queries: torch.Tensor, keys: torch.Tensor, calls: Any) -> torch.Tensor:
+        index = queries[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[3])
+        return full.gather(2, index)[..., keys]
+
+    wanted = logits_with_mask(vlm, batch, {1: full * batch.image_mask[:, None, :, None]})
+    found = vlm.forward(batch, edits=[AttentionEdit(1, bias, "image")]).logits
+    close(found[batch.real_mask], wanted[batch.real_mask])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_recorded_weights_are_zero_at_cut_pairs_and_rows_sum_to_one(implementation: str) -> None:
+    """-inf before the softmax, not a boolean added to scores: the weights themselves are looked at."""
+    vlm = built("llava", implementation)
+    batch = encode(vlm, pictures_of(vlm)).with_continuation([[6, 7], [8], [9, 10]])
+    with vlm.trace(sites.attention(queries="text_after_image", keys="image"), sites.z()) as plain:
+        vlm.forward(batch)
+    asked = [
+        sites.attention(queries="text_after_image", keys="image", label="cut"),
+        sites.attention(queries="all", keys="all", label="whole"),
+    ]
+    with vlm.trace(*asked) as trace:
+        vlm.forward(batch, edits=knock_out([1], "text_after_image", "image"))
+    assert (plain["attention"][1] > 0).any()
+    assert not (trace["cut"][1] != 0).any()
+    torch.testing.assert_close(trace["cut"][0], plain["attention"][0], rtol=0, atol=0)
+    sums = trace["whole"][1].sum(dim=-1).transpose(1, 2)[trace.mask("whole")]
+    torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+def test_rows_that_are_not_edited_are_the_same_bit_for_bit(llava: VLM) -> None:
+    batch = encode(llava, pictures_of(llava))
+    site = sites.z(layers=[1], positions="all")
+    with llava.trace(site) as plain:
+        llava.forward(batch)
+    with llava.trace(site) as edited:
+        llava.forward(batch, edits=knock_out([1], "last", "image"))
+    one, other, real = plain["z"][1], edited["z"][1], plain.mask("z")
+    differs = (one != other).flatten(2).any(dim=-1)
+    ends = torch.zeros_like(real)
+    ends[torch.arange(batch.size), real.sum(dim=1) - 1] = True
+    assert not (differs & ~ends).any()
+    assert (one - other)[ends].flatten(1).abs().amax(dim=1).gt(1e-3).tolist() == batch.image_mask.any(dim=1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [
+        *[(name, kind) for name in ("llava", "qwen2_5_vl", "gemma3") for kind in ("sdpa", "eager")],
+        ("paligemma gemma2", "eager"),
+    ],
+)
+def test_decoding_equals_recomputation_and_many_rows_equal_one(family: str, implementation: str) -> None:
+    """Keys of earlier positions are in the cache; behind a sliding window (8) the first ones are gone."""
+    vlm = built(family, implementation)
+    pictures = pictures_of(vlm)
+    batch = encode(vlm, pictures)
+    edits = [*knock_out([0, 1], "text", "image"), *knock_out([2], "generated", "generated")]
+    options: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": []}
+    with vlm.apply(Edits(edits)), vlm.trace(sites.logits(), sites.attention("generated", "all")) as steps:
+        generation = vlm.generate(batch, **options)
+    whole = generation.teacher_forced()
+    with vlm.trace(sites.logits("before_generated"), sites.attention("generated", "all")) as once:
+        vlm.forward(whole, edits=edits)
+    close(steps["logits"][0], once["logits"][0])
+    for layer in range(3):
+        decoded = steps["attention"][layer]  # the last token is never fed back
+        close(decoded, once["attention"][layer][..., : decoded.shape[-2], : decoded.shape[-1]])
+    assert generation.tokens != vlm.generate(batch, **options).tokens
+    for row in range(batch.size):
+        with vlm.apply(Edits(edits)):
+            alone = vlm.generate(encode(vlm, pictures, [row]), **options)
+        assert alone.tokens[0] == generation.tokens[row]
+
+
+def test_blocks_of_rows_change_nothing(llava: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = encode(llava, pictures_of(llava))
+    edits = knock_out([0, 1, 2], "all", "image")
+    wanted = llava.forward(batch, edits=edits).logits
+    sizes = []
+
+    def look(queries: torch.Tensor, keys: torch.Tensor, calls: Any) -> torch.Tensor:
+        sizes.append(tuple(queries.shape))
+        return torch.zeros(1, 1, 1, 1)
+
+    monkeypatch.setattr(attention_rows, "BLOCK_ELEMENTS", 2 * batch.size * llava.anatomy.n_heads * batch.length)
+    found = llava.forward(batch, edits=[*edits, AttentionEdit(1, look, "all")]).logits
+    close(found[batch.real_mask], wanted[batch.real_mask])
+    assert set(sizes) == {(batch.size, 2)} or set(sizes) == {(batch.size, 2), (batch.size, 1)}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_row_without_any_key_is_refused_by_name(implementation: str) -> None:
+    vlm = built("llava", implementation)
+    batch = vlm.encode([random_image(0)] * 2, ["<image> what ?", "<image> is there a dog ?"], ids=["first", "second"])
+
+    def all_keys(queries: torch.Tensor, keys: torch.Tensor, calls: Any) -> torch.Tensor:
+        blocked = torch.zeros(2, 1, queries.shape[1], len(keys), dtype=torch.bool)
+        blocked[1] = True
+        return blocked
+
+    match = f"layer 2 leaves position {batch.length - 1} of item 'second' nothing to attend to"
+    with pytest.raises(InputError, match=match):
+        vlm.forward(batch, edits=[AttentionEdit(2, all_keys, "last")])
+    assert not _observers and not _held
+    assert torch.isfinite(vlm.forward(batch).logits).all()
+
+
+def test_two_edits_that_leave_nothing_together_are_refused(llava: VLM) -> None:
+    batch = llava.encode([random_image(0)], ["<image> what ?"])
+
+    def half(side: int) -> AttentionEdit:
+        return AttentionEdit(0, lambda queries, keys, calls: (keys % 2 == side)[None, None, None], "last")
+
+    llava.forward(batch, edits=[half(0)])
+    with pytest.raises(InputError, match="nothing to attend to"):
+        llava.forward(batch, edits=[half(0), half(1)])
+
+
+def test_edits_that_do_not_fit_are_refused(llava: VLM) -> None:
+    batch = llava.encode([random_image(0)], ["<image> what ?"])
+
+    def giving(value: torch.Tensor) -> AttentionEdit:
+        return AttentionEdit(0, lambda queries, keys, calls: value, "last")
+
+    cases = [
+        (AttentionEdit(3, lambda *_: torch.zeros(1), "last"), "layer 3; the model has layers 0 to 2"),
+        (AttentionEdit(0, lambda *_: torch.zeros(1), "lst"), "'lst' is not one of all, image"),  # type: ignore[arg-type]
+        (AttentionEdit(0, lambda *_: torch.zeros(1), torch.ones(1, 3, dtype=torch.bool)), r"expected bool \[1, 19\]"),
+        (giving(torch.zeros(1, 1, 1, 3)), r"broadcasts to \[1, 4, 1, 19\]; it gave torch.float32 \[1, 1, 1, 3\]"),
+        (giving(torch.zeros(1, 1, 1, 19, dtype=torch.int64)), "must give bool pairs or a floating bias"),
+        (giving(torch.zeros(19)), "must give bool pairs"),
+    ]
+    for edit, match in cases:
+        with pytest.raises(InputError, match=match):
+            llava.forward(batch, edits=[edit])
+
+
+def test_the_model_is_as_before_after_an_error_in_an_edit(llava: VLM) -> None:
+    batch = llava.encode([random_image(0)], ["<image> what ?"])
+    before = llava.forward(batch).logits
+
+    def fail(queries: torch.Tensor, keys: torch.Tensor, calls: Any) -> torch.Tensor:
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        llava.forward(batch, edits=[AttentionEdit(1, fail)])
+    assert not _observers and not _held
+    assert torch.equal(llava.forward(batch).logits, before)
+
+
+def test_flash_attention_is_refused_by_name(llava: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the kernel itself cannot run; what is refused is the call."""
+    from slitlamp.tracing import attention_tap
+    from slitlamp.tracing.attention_edit import Editor
+
+    module = llava.model.get_submodule(llava.anatomy.attention(0))
+    states = torch.zeros(1, 4, 3, 8)
+    monkeypatch.setitem(
+        attention_tap.ALL_ATTENTION_FUNCTIONS._local_mapping,
+        "fake_flash",
+        lambda *a, **k: (states.transpose(1, 2), None),
+    )
+    monkeypatch.setitem(_observers, id(module), attention_tap._Watch([], Editor([], None)))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"fake_flash.*cannot be edited; load the model with .*'sdpa'"):
+        attention_tap._tapped_flash("fake_flash", module, states, states, states, None)
+
+
+def test_gradients_pass_through_edited_rows(llava: VLM) -> None:
+    """The gradient by the values of cut keys is 0 where that was their only way."""
+    batch = llava.encode([random_image(0)] * 2, ["<image> what ?", "<image> is there a dog ?"])
+    top = lambda output: output.logits[:, -1, 7]  # noqa: E731
+    with llava.trace(sites.v(layers=[2]), gradient_of=top) as plain:
+        llava.forward(batch)
+    with llava.trace(sites.v(layers=[2]), gradient_of=top) as cut:
+        llava.forward(batch, edits=knock_out([2], "last", "image"))
+    packed = torch.zeros_like(plain.mask("v"))
+    for row in range(2):
+        image = batch.image_mask[row][batch.real_mask[row]]
+        packed[row, : len(image)] = image
+    assert plain.gradients is not None and cut.gradients is not None
+    assert (plain.gradients["v"][2][packed] != 0).any()
+    assert not (cut.gradients["v"][2][packed] != 0).any()
+    assert torch.isfinite(cut.gradients["v"][2]).all()
+    assert (cut.gradients["v"][2][~packed] != 0).any()
+
+
+def test_interventions_may_give_attention_edits(llava: VLM) -> None:
+    batch = llava.encode([random_image(0)], [prompt(llava, 1, TEXTS[0])], chat=False)
+    edits = knock_out([0], "last", "image")
+    wanted = llava.forward(batch, edits=edits).logits
+    with llava.apply(Edits(edits)):  # type: ignore[arg-type]  # a list of either kind
+        assert torch.equal(llava.forward(batch).logits, wanted)
