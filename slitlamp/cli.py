@@ -125,6 +125,21 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
     _report(load_run(folder))
 
 
+@app.command()
+def publish(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders with their reports made.")],
+    to: Annotated[Path, typer.Option(help="Where the copies go, each in a folder of its own.")] = Path(
+        "experiments/results"
+    ),
+) -> None:
+    """Copy the figures, small tables, configuration and environment of runs to a folder that is kept under version control."""
+    from slitlamp.experiments import load_run
+    from slitlamp.experiments.publish import publish as copy
+
+    for folder in folders:
+        out.print(Text(str(copy(load_run(folder), to))), soft_wrap=True)
+
+
 def _report(run: Run) -> None:
     from slitlamp.experiments.summary import summary
 

@@ -39,7 +39,10 @@ def run(vlm: VLM, captions: Dataset, pope: Dataset, tmp_path_factory: pytest.Tem
 
 def test_the_folder_is_complete_and_holds_no_leftovers(run: Run) -> None:
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {".slitlamp-run", "config.yaml", "environment.json", "predictions.parquet", "tables", "showcase"}
+    assert names == {
+        *(".slitlamp-run", "config.yaml", "environment.json", "predictions.parquet"),
+        *("tables", "states", "showcase"),
+    }
     assert run.finished
 
 
