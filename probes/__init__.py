@@ -1,5 +1,8 @@
 """What you measure: one file per analysis."""
 
+from probes.cls_outliers import ClsOutliers
 from probes.head_divergence import HeadDivergence
+from probes.subnetworks import Subnetworks
+from probes.token_ledger import TokenLedger
 
-__all__ = ["HeadDivergence"]
+__all__ = ["ClsOutliers", "HeadDivergence", "Subnetworks", "TokenLedger"]

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from probes import HeadDivergence
+from probes import ClsOutliers, HeadDivergence, TokenLedger
 from slitlamp.errors import InputError
 from slitlamp.models import Batch
 from slitlamp.tracing import Probe
@@ -44,10 +44,15 @@ class Case:
 
 HEADS = ("heads", "vhd")
 PROBES: dict[str, Case] = {
+    "ClsOutliers": Case(lambda: ClsOutliers(n_resamples=50, top_k=3), ("concentration", "top_share")),
+    "ClsOutliers received": Case(
+        lambda: ClsOutliers(n_resamples=50, encoder_attention="received"), ("concentration", "top_share")
+    ),
     "HeadDivergence": Case(lambda: HeadDivergence(n_resamples=50), HEADS),
     "HeadDivergence zero": Case(lambda: HeadDivergence(contrast="zero", n_resamples=50), HEADS),
     "HeadDivergence mean": Case(lambda: HeadDivergence(contrast="mean", n_resamples=50), HEADS),
     "HeadDivergence noise": Case(lambda: HeadDivergence(contrast="noise", n_resamples=50), HEADS),
+    "TokenLedger": Case(lambda: TokenLedger(n_resamples=50), ("ledger", "t_vhd")),
 }
 PROMPTS = ["<image> is there a dog ?", "<image> what is in the image and where is it ?", "describe this <image> ."]
 WORDS = [3, 6, 1]

@@ -1,0 +1,215 @@
+"""Panels of the figures of outlier tokens: overlap, influence, definitions, norms, concentration."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from slitlamp.reports.draw import category_axis, interval_point, reference_line
+from slitlamp.reports.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    TOKEN_COLOURS,
+    TOKEN_MARKERS,
+    VERMILLION,
+    ConditionStyle,
+    styled,
+)
+from slitlamp.reports.wording import Estimate
+
+FloatArray = NDArray[np.float64]
+
+LOOKS = {
+    "end of the prompt": (INK, "-", "o"),
+    "true objects": (BLUE, (0, (6, 1.5)), "s"),
+    "hallucinated objects": (VERMILLION, (0, (2, 1.2)), "X"),
+}
+
+
+@styled
+def overlap_curves(overlap: pd.DataFrame, ax: Axes) -> Axes:
+    """H_i against i with interval bands, by the decoder's query; chance and the next image's attention beside it."""
+    for query, rows in overlap.groupby("query", sort=False):
+        colour, line, marker = LOOKS[str(query)]
+        ax.fill_between(rows["i"], rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
+        ax.plot(
+            rows["i"],
+            rows["overlap"],
+            color=colour,
+            linestyle=line,
+            marker=marker,
+            markevery=8,
+            markersize=4,
+            label=query,
+        )
+    first = overlap[overlap["query"] == overlap["query"].iloc[0]]
+    ax.plot(first["i"], first["chance"], color=GREY, linewidth=1.0, linestyle=(0, (4, 2)), label="chance, i / n")
+    if first["other_item"].notna().any():
+        ax.plot(
+            first["i"],
+            first["other_item"],
+            color=ORANGE,
+            linewidth=1.2,
+            linestyle=(0, (1, 1)),
+            label="the next image's attention",
+        )
+    ax.set_xlabel("i, number of tokens")
+    ax.set_ylabel("overlap H_i")
+    ax.set_xlim(0, float(first["i"].max()))
+    ax.set_ylim(0, 1)
+    return ax
+
+
+@styled
+def influence_points(influence: pd.DataFrame, ax: Axes) -> Axes:
+    """F at true and hallucinated objects for the first tokens and for both controls."""
+    kinds = ("influence", "matched", "random")
+    names = ("first in the encoder", "matched in decoder", "random")
+    for place, kind in enumerate(kinds):
+        for shift, label in ((-0.15, "object"), (0.15, "hallucinated")):
+            rows = influence[influence["label"] == label]
+            if len(rows):
+                row = rows.iloc[0]
+                look = ConditionStyle(TOKEN_COLOURS[label], TOKEN_MARKERS[label], "-", True)
+                estimate = Estimate(float(row[kind]), float(row[f"{kind}_low"]), float(row[f"{kind}_high"]))
+                interval_point(ax, place + shift, estimate, look)
+    reference_line(ax, float(influence["chance"].iloc[0]), "chance")
+    category_axis(ax, names)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("F, share of the decoder's image attention")
+    return ax
+
+
+@styled
+def difference_points(differences: pd.DataFrame, ax: Axes) -> Axes:
+    """Hallucinated minus true objects, within images and between images."""
+    kinds = ("influence", "matched", "random")
+    looks = {"within images": (BLUE, "o", True, -0.15), "between images": (GREEN, "D", False, 0.15)}
+    for place, kind in enumerate(kinds):
+        for how, (colour, marker, filled, shift) in looks.items():
+            rows = differences[(differences["tokens"] == kind) & (differences["compared"] == how)]
+            if len(rows):
+                row = rows.iloc[0]
+                estimate = Estimate(float(row["difference"]), float(row["low"]), float(row["high"]))
+                interval_point(ax, place + shift, estimate, ConditionStyle(colour, marker, "-", filled))
+    reference_line(ax, 0.0)
+    category_axis(ax, ("first in the encoder", "matched in decoder", "random"))
+    ax.set_xlabel("hallucinated minus true, in F")
+    return ax
+
+
+@styled
+def jaccard_points(agreement: pd.DataFrame, names: dict[str, str], ax: Axes) -> Axes:
+    """Jaccard index of every two definitions, with a cross at its chance level."""
+    labels = []
+    for place, row in enumerate(agreement.itertuples()):
+        labels.append(f"{names[str(row.first)]} / {names[str(row.second)]}")
+        if row.n_items:
+            interval_point(
+                ax,
+                place,
+                Estimate(float(row.jaccard), float(row.low), float(row.high)),
+                ConditionStyle(BLUE, "o", "-", True),
+            )
+            ax.plot(
+                [row.chance],
+                [place],
+                marker="x",
+                color=GREY,
+                linestyle="none",
+                markeredgewidth=1.6,
+                zorder=4,
+                label="_chance",
+            )
+        else:
+            ax.text(0.02, place, "one of them is empty", va="center", fontsize=8, color="#595959")
+    category_axis(ax, labels)
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("Jaccard index (cross: chance)")
+    return ax
+
+
+@styled
+def count_points(outliers: pd.DataFrame, names: dict[str, str], ax: Axes) -> Axes:
+    """How much of the decoder's attention the outliers of each definition hold, with a cross at their share of the tokens."""
+    for place, row in enumerate(outliers.itertuples()):
+        estimate = Estimate(float(row.attention), float(row.attention_low), float(row.attention_high))
+        interval_point(ax, place, estimate, ConditionStyle(VERMILLION, "s", "-", True))
+        ax.plot(
+            [row.share],
+            [place],
+            marker="x",
+            color=GREY,
+            linestyle="none",
+            markeredgewidth=1.6,
+            zorder=4,
+            label="_share",
+        )
+    category_axis(ax, [f"{names[str(row.definition)]} ({row.tokens:.1f} per image)" for row in outliers.itertuples()])
+    ax.set_xlim(left=-0.005)
+    ax.set_xlabel("share of the decoder's attention (cross: of the tokens)")
+    return ax
+
+
+@styled
+def norm_densities(histogram: pd.DataFrame, norms: pd.DataFrame, ax: Axes) -> Axes:
+    """Histograms of norms by layer, from pale to dark with depth; a dashed line where there is a valley."""
+    layers = sorted(histogram["layer"].unique())
+    shades = np.linspace(0.75, 0.0, len(layers)) if len(layers) > 1 else np.array([0.0])
+    for shade, layer in zip(shades, layers, strict=True):
+        rows = histogram[histogram["layer"] == layer]
+        colour = (shade, shade, min(1.0, shade + 0.25))
+        ax.stairs(*_without_gaps(rows), color=colour, linewidth=1.3, label=f"layer {layer}")
+        valley = float(norms[norms["layer"] == layer]["valley"].iloc[0])
+        reference_line(ax, valley, "valley" if np.isfinite(valley) else "")
+    ax.set_xscale("log")
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("L2 norm of an image token")
+    ax.set_ylabel("share of tokens")
+    return ax
+
+
+@styled
+def norm_ratios(norms: pd.DataFrame, ax: Axes) -> Axes:
+    """Largest over median norm by layer, with intervals."""
+    ax.fill_between(norms["layer"], norms["low"], norms["high"], color=BLUE, alpha=0.15, linewidth=0)
+    ax.plot(norms["layer"], norms["max_over_median"], color=BLUE, marker="o", label="mean over images")
+    ax.plot(
+        norms["layer"], norms["largest_ratio"], color=GREY, marker="v", linestyle=(0, (2, 1.2)), label="largest of all"
+    )
+    ax.set_ylim(bottom=1)
+    ax.set_xlabel("layer")
+    ax.set_ylabel("largest / median norm")
+    return ax
+
+
+@styled
+def concentration_lines(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Share of the encoder's attention on the first patches and on objects, by layer, with chance and area."""
+    looks = [("top_share", "low", "high", VERMILLION, "s", "-", "first patches")]
+    if table["on_objects"].notna().any():
+        looks.append(("on_objects", "on_objects_low", "on_objects_high", BLUE, "o", (0, (6, 1.5)), "named objects"))
+    for column, low, high, colour, marker, line, name in looks:
+        ax.fill_between(table["layer"], table[low], table[high], color=colour, alpha=0.15, linewidth=0)
+        ax.plot(table["layer"], table[column], color=colour, marker=marker, linestyle=line, label=f"on {name}")
+    reference_line(ax, float(table["chance"].iloc[0]), "share of patches", horizontal=True)
+    reference_line(ax, float(table["area"].iloc[0]), "area of objects", horizontal=True)
+    ax.set_ylim(0, 1)
+    ax.set_xlabel("layer of the tower")
+    ax.set_ylabel(f"share of {table['encoder'].iloc[0]}")
+    return ax
+
+
+def _without_gaps(rows: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
+    """Shares and edges of all bins between the first and the last, empty ones too; bins are alike on a log scale."""
+    ratio = float((rows["to"] / rows["from"]).iloc[0])
+    first = float(rows["from"].min())
+    place = np.rint(np.log(rows["from"] / first) / np.log(ratio)).astype(int).to_numpy()
+    shares = np.zeros(place.max() + 1)
+    shares[place] = rows["share"]
+    return shares, first * ratio ** np.arange(len(shares) + 1)
