@@ -15,6 +15,7 @@ from slitlamp._own_packages import check_own
 from slitlamp.errors import nearest
 
 if TYPE_CHECKING:
+    from slitlamp.causal import causal_check
     from slitlamp.experiments import Experiment, Run, load_dataset, load_run
     from slitlamp.tracing import sites
     from slitlamp.tracing.store.reading import open_store
@@ -29,6 +30,7 @@ __all__ = [
     "Run",
     "StoreOptions",
     "__version__",
+    "causal_check",
     "load_dataset",
     "load_run",
     "open_store",
@@ -41,6 +43,7 @@ _LAZY = {
     "sites": ("slitlamp.tracing.sites", None),
     "Experiment": ("slitlamp.experiments", "Experiment"),
     "Run": ("slitlamp.experiments", "Run"),
+    "causal_check": ("slitlamp.causal", "causal_check"),
     "load_dataset": ("slitlamp.experiments", "load_dataset"),
     "load_run": ("slitlamp.experiments", "load_run"),
     "open_store": ("slitlamp.tracing.store.reading", "open_store"),

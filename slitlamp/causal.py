@@ -214,3 +214,17 @@ def _finding(one: Interval, outcome: str, effect: float, exceeded: int, n_draws:
     if (below if outcome == "kl" else (above or below) and not stronger) and exceeded == 0:
         return "less than random"
     return "not told from random"
+
+
+def causal_sentences(table: pd.DataFrame) -> list[str]:
+    """What a table of `causal_check` says, a sentence for each target: how much more than random it changes."""
+    lines = []
+    for row in table[table["outcome"] == "kl"].to_dict("records"):
+        name = str(row["target"])
+        times = "nothing to compare with" if np.isnan(row["ratio"]) else f"{row['ratio']:.1f} times"
+        lines.append(
+            f"{name[:1].upper()}{name[1:]} changes the next token by {row['effect']:.3f} nats [{row['low']:.3f}, "
+            f"{row['high']:.3f}], {row['control']} by {row['control_effect']:.3f}: {times} [{row['ratio_low']:.1f}, "
+            f"{row['ratio_high']:.1f}], {row['finding']} ({int(row['draws_exceeded'])} of {int(row['n_draws'])} draws exceeded)."
+        )
+    return lines

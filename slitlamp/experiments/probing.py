@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from slitlamp.causal import causal_check
+from slitlamp.causal import causal_check, causal_sentences
 from slitlamp.experiments import storage
 from slitlamp.experiments.datasets import Dataset, Item
 from slitlamp.experiments.folder import RunFolder
@@ -130,6 +130,18 @@ def causal_tables(
             with vlm.apply(*plan.condition(part.condition).interventions):
                 tables[f"{key}_causal"] = _in_front(causal_check(vlm, targets, batches, **options), part)
     return tables
+
+
+def with_causal_sentences(tables: Tables, checked: Tables) -> Tables:
+    """The tables `<key>_summary` of the probes that were checked, saying whether the finding is causal."""
+    changed = {}
+    for name, table in checked.items():
+        key = name.removesuffix("_causal")
+        summary = tables[f"{key}_summary"].copy()
+        said = " ".join(causal_sentences(table))
+        summary.loc[0, "summary"] = f"{summary.loc[0, 'summary']} Causal check: {said}"
+        changed[f"{key}_summary"] = summary
+    return changed
 
 
 def _batches(plan: Plan, vlm: VLM, data: Dataset, rows: pd.DataFrame, limit: int) -> Iterator[tuple[Any, Any]]:

@@ -20,7 +20,15 @@ from slitlamp.experiments.datasets import Dataset, Item
 from slitlamp.experiments.folder import CONFIG, ENVIRONMENT, PREDICTIONS, TABLES, Unit, UnitResult
 from slitlamp.experiments.models import load_model
 from slitlamp.experiments.plan import Plan
-from slitlamp.experiments.probing import Measured, causal_tables, encoded, give_source, joined, labels_of
+from slitlamp.experiments.probing import (
+    Measured,
+    causal_tables,
+    encoded,
+    give_source,
+    joined,
+    labels_of,
+    with_causal_sentences,
+)
 from slitlamp.experiments.processes import Processes, started_together
 from slitlamp.experiments.progress import progress_bar
 from slitlamp.experiments.run import Run
@@ -253,7 +261,8 @@ class Runner:
                 tables |= measured.tables() | measured.compared(self._scores(tables))
         if plan.probes and plan.experiment.causal:
             with self._timed("causal checks"):
-                tables |= causal_tables(plan, self.vlm, measured, predictions)
+                checked = causal_tables(plan, self.vlm, measured, predictions)
+                tables |= checked | with_causal_sentences(tables, checked)
         if plan.experiment.showcase:
             with self._timed("showcase"):
                 tables |= make_showcase(plan, self.vlm, predictions, tables)

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from slitlamp.causal import causal_sentences
 from slitlamp.reports.draw import is_narrow, legend_below, reference_line
 from slitlamp.reports.drawing import Drawing, Tables
 from slitlamp.reports.style import BLUE, GREY, axes_or_new, new_figure, styled
@@ -90,17 +91,7 @@ def _caption(tables: Tables) -> str:
 def sentences(tables: Tables) -> list[str]:
     """Whether each target does more than random ones."""
     table = tables.get("causal")
-    if table is None:
-        return []
-    lines = []
-    for row in table[table["outcome"] == "kl"].to_dict("records"):
-        lines.append(
-            f"{str(row['target'])[0].upper()}{str(row['target'])[1:]} changes the next token by {row['effect']:.3f} nats "
-            f"[{row['low']:.3f}, {row['high']:.3f}], {row['control']} by {row['control_effect']:.3f}: {row['ratio']:.1f} times "
-            f"[{row['ratio_low']:.1f}, {row['ratio_high']:.1f}] as much, {row['finding']} ({int(row['draws_exceeded'])} of "
-            f"{int(row['n_draws'])} draws exceeded)."
-        )
-    return lines
+    return [] if table is None else causal_sentences(table)
 
 
 DRAWING: Final = Drawing("Is it causal?", _caption, _figure)

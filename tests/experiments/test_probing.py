@@ -68,6 +68,9 @@ def test_the_finding_is_intervened_on(run: Run, captions: Dataset) -> None:
     assert set(table["target"]) == {"head 0.0"}
     assert set(table["dataset"]) == {captions.name}
     assert (table.loc[table["outcome"] == "kl", "effect"] > 0).all()
+    said = run.table("pointing_summary")["summary"]
+    assert "Causal check: Head 0.0 changes the next token by" in said[0]
+    assert "Causal check" not in said[1]
 
 
 def test_a_probe_of_the_run_gives_the_same_tables_again(
