@@ -1,0 +1,162 @@
+"""Ranking the signals of the token ledger as detectors of hallucinated objects; how redundant they are; how rankings agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from probes.ledger_signals import Signal
+from slitlamp.evaluation.detection import auroc_interval
+from slitlamp.evaluation.statistics import Interval, cluster_bootstrap, correlation_interval, ratio
+
+FALSE: Final = ("hallucinated", "wrong")
+TRUE: Final = ("object", "correct")
+CHANCE: Final = 0.5
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How detectors are measured: intervals over images.
+
+    Attributes:
+        fpr: the false positive rate at which the true positive rate is given.
+        n_resamples, seed: of the bootstrap.
+    """
+
+    fpr: float
+    n_resamples: int
+    seed: int
+
+    def measured(self, score: FloatArray, false: NDArray[np.bool_], groups: NDArray[Any]) -> dict[str, float]:
+        """AUROC and true positive rate of a score, higher for hallucinated."""
+        area = auroc_interval(score, false, groups, n_resamples=self.n_resamples, seed=self.seed)
+        return {"auroc": area.value, "low": area.low, "high": area.high}
+
+    def difference(
+        self, reference: FloatArray, score: FloatArray, false: NDArray[np.bool_], groups: NDArray[Any]
+    ) -> dict[str, float]:
+        """AUROC of a score minus that of a reference on the same tokens, with its p value."""
+        return {}
+
+
+def ranking_table(ledger: pd.DataFrame, signals: Sequence[Signal], detection: Detection) -> pd.DataFrame:
+    """One row per signal, the best first by its AUROC in the direction that was declared for it.
+
+    Columns: signal, title, family, sign; auroc with low and high; p and q (Benjamini-Hochberg over signals) against chance;
+    agrees ("yes": the interval lies above chance, "no": below, "open": it holds chance, "" for a signal without a
+    direction); tpr at fpr with its interval; partial, the AUROC controlled for position and object frequency, with its
+    interval; chance; n_tokens, n_hallucinated, n_images.
+    """
+    rows = []
+    for signal in signals:
+        values = ledger[signal.name].to_numpy(dtype=np.float64)
+        known = np.isfinite(values)
+        if not known.any():
+            continue
+        false = ledger["label"].isin(FALSE).to_numpy()[known]
+        groups = ledger["image"].to_numpy(dtype=str)[known]
+        score = (signal.sign or 1) * values[known]
+        row = {"signal": signal.name, "title": signal.title, "family": signal.family, "sign": signal.sign}
+        row |= detection.measured(score, false, groups)
+        row["agrees"] = _agreement(row, signal.sign)
+        counts = {"n_tokens": len(false), "n_hallucinated": int(false.sum()), "n_images": len(np.unique(groups))}
+        rows.append({**row, "chance": CHANCE, **counts})
+    return pd.DataFrame(rows).sort_values("auroc", ascending=False, kind="stable", ignore_index=True)
+
+
+def _agreement(row: dict[str, Any], sign: int) -> str:
+    if not sign:
+        return ""
+    return "yes" if row["low"] > CHANCE else "no" if row["high"] < CHANCE else "open"
+
+
+def redundancy_table(ledger: pd.DataFrame, signals: Sequence[Signal], *, n_resamples: int, seed: int) -> pd.DataFrame:
+    """Spearman correlations of all pairs of signals over the object tokens, bootstrapped over images.
+
+    Ranks are taken once, over all tokens; a resample correlates the ranks of the images that were drawn. Signals keep their
+    own sign. Columns: signal_a, title_a, signal_b, title_b, spearman, low, high, n_tokens, n_images, chance (0). Signals
+    that are not known for every token, or do not vary, are left out.
+    """
+    kept = [one for one in signals if usable(ledger, one.name)]
+    pairs = list(combinations(range(len(kept)), 2))
+    if not pairs:
+        return pd.DataFrame()
+    ranks = np.stack([rankdata(ledger[one.name]) for one in kept], axis=1)
+    ranks = (ranks - ranks.mean(axis=0)) / ranks.std(axis=0)  # the scale does not matter, and sums stay small
+    first, second = (np.array(side) for side in zip(*pairs, strict=True))
+    moments = np.hstack([np.ones((len(ranks), 1)), ranks, ranks**2, ranks[:, first] * ranks[:, second]])
+    names, image = np.unique(ledger["image"].to_numpy(dtype=str), return_inverse=True)
+    sums = np.zeros((len(names), moments.shape[1]))
+    np.add.at(sums, image, moments)
+    width = len(kept)
+
+    def correlation(total: FloatArray) -> FloatArray:
+        mean = ratio(total[..., 1:], total[..., :1])
+        one, square, product = mean[..., :width], mean[..., width : 2 * width], mean[..., 2 * width :]
+        variance = np.maximum(square - one**2, 0)
+        covariance = product - one[..., first] * one[..., second]
+        return ratio(covariance, np.sqrt(variance[..., first] * variance[..., second]))
+
+    found = cluster_bootstrap(sums, correlation, n_resamples=n_resamples, seed=seed)
+    intervals = found if isinstance(found, list) else [found]
+    return pd.DataFrame(
+        {
+            "signal_a": [kept[one].name for one in first],
+            "title_a": [kept[one].title for one in first],
+            "signal_b": [kept[one].name for one in second],
+            "title_b": [kept[one].title for one in second],
+            "spearman": [one.value for one in intervals],
+            "low": [one.low for one in intervals],
+            "high": [one.high for one in intervals],
+            "n_tokens": len(ledger),
+            "n_images": len(names),
+            "chance": 0.0,
+        }
+    )
+
+
+def usable(ledger: pd.DataFrame, name: str) -> bool:
+    """Whether a signal is known for every token and varies."""
+    values = ledger[name].to_numpy(dtype=np.float64)
+    return bool(np.isfinite(values).all() and np.ptp(values) > 0)
+
+
+def agreement_table(rankings: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """How far the rankings of two parts agree: Spearman correlation of the signals' AUROC, for every pair of parts.
+
+    The interval is over signals, which are the units here (and are not independent of each other: see the redundancy);
+    rankings that have nothing in common correlate by 0. The random number is left out.
+
+    Args:
+        rankings: ranking tables with columns model, condition and dataset in front.
+    """
+    rows = []
+    for one, other in combinations(rankings, 2):
+        both = [table[table["family"] != "null"].dropna(subset="auroc").set_index("signal") for table in (one, other)]
+        shared = [name for name in both[0].index if name in both[1].index]
+        found = _correlation(*(table.loc[shared, "auroc"].to_numpy(dtype=np.float64) for table in both))
+        names = {
+            f"{column}_{side}": table[column].iloc[0]
+            for side, table in (("a", one), ("b", other))
+            for column in ("model", "condition", "dataset")
+        }
+        rows.append(
+            {**names, "spearman": found.value, "low": found.low, "high": found.high, "p": found.p}
+            | {"n_signals": len(shared), "chance": 0.0}
+        )
+    return pd.DataFrame(rows)
+
+
+def _correlation(one: FloatArray, other: FloatArray) -> Interval:
+    if len(one) < 2:
+        return Interval(np.nan, np.nan, np.nan, len(one))
+    return correlation_interval(one, other)

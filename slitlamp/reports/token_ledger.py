@@ -1,0 +1,292 @@
+"""The figures of `TokenLedger`, and what the ledger says in three sentences."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from slitlamp.reports import ledger_drawings as drawings
+from slitlamp.reports import ledger_maps as maps
+from slitlamp.reports.draw import category_axis, interval_point, is_narrow, legend_below, reference_line
+from slitlamp.reports.drawing import Drawing, Tables
+from slitlamp.reports.style import ConditionStyle, condition_styles, new_figure, short_names, styled
+from slitlamp.reports.wording import Estimate, against_chance, count, join, number, sentence
+
+TOP: Final = 3
+"""How many signals have their ROC curve drawn beside the combination's."""
+CLASSES: Final = 4
+"""How many signals have their distributions drawn."""
+
+
+def ranked(tables: Tables) -> pd.DataFrame | None:
+    """The rows of the ranking figure: the combinations, the signals from the best, and the random number last."""
+    ranking = tables.get("ranking")
+    if ranking is None or not ranking["auroc"].notna().any():
+        return None
+    signals = ranking[ranking["auroc"].notna()]
+    signals = pd.concat([signals[signals["family"] != "null"], signals[signals["family"] == "null"]])
+    together = tables.get("combination")
+    if together is None:
+        return signals.reset_index(drop=True)
+    rows = together.drop_duplicates("combination").rename(columns={"combination": "title"})
+    rows = rows.assign(signal=["combined"] + [""] * (len(rows) - 1), family="together", sign=0, agrees="")
+    return pd.concat([rows.reindex(columns=signals.columns), signals], ignore_index=True)
+
+
+@styled
+def _ranking(tables: Tables, width: float) -> Figure | None:
+    rows = ranked(tables)
+    if rows is None:
+        return None
+    sensitive = "tpr" in rows and rows["tpr"].notna().any()
+    names = drawings.row_names(rows)
+    height = 0.27 * len(rows)
+    if not sensitive:
+        figure = new_figure(width, height + 1.5)
+        drawings.ranking_panel(rows, figure.add_subplot())
+    elif is_narrow(width):
+        figure = new_figure(width, 2 * height + 2.6)
+        first, second = figure.subplots(2, 1)
+        drawings.ranking_panel(rows, first)
+        drawings.sensitivity_panel(rows, second)
+    else:
+        figure = new_figure(width, height + 1.5)
+        first, second = figure.subplots(1, 2, width_ratios=[1.9, 1])
+        drawings.ranking_panel(rows, first, names=names)
+        drawings.sensitivity_panel(rows, second, names=())
+    legend_below(figure, drawings.family_handles(rows))
+    return figure
+
+
+@styled
+def _redundancy(tables: Tables, width: float) -> Figure | None:
+    redundancy, ranking = tables.get("redundancy"), tables.get("ranking")
+    if redundancy is None or ranking is None:
+        return None
+    narrow = is_narrow(width)
+    figure = new_figure(width, width * (1.25 if narrow else 0.86))
+    maps.redundancy_panel(redundancy, _signs(ranking), figure.add_subplot(), annotate=not narrow)
+    return figure
+
+
+@styled
+def _roc(tables: Tables, width: float) -> Figure | None:
+    ledger, rows = tables.get("ledger"), ranked(tables)
+    if ledger is None or rows is None or not _both_kinds(ledger):
+        return None
+    single = rows[~rows["family"].isin(["together", "null"])].head(TOP)
+    together = rows[(rows["signal"] == "combined") & bool(ledger["combined"].notna().all())]
+    figure = new_figure(width, 4.4 if is_narrow(width) else 3.8)
+    rate = float(rows["fpr"].dropna().iloc[0]) if "fpr" in rows and rows["fpr"].notna().any() else None
+    panel = drawings.roc_panel(ledger, pd.concat([together, single]), figure.add_subplot(), rate=rate)
+    curves = [line for line in panel.get_lines() if not str(line.get_label()).startswith("_")]
+    legend_below(figure, curves)
+    return figure
+
+
+@styled
+def _classes(tables: Tables, width: float) -> Figure | None:
+    ledger, rows = tables.get("ledger"), ranked(tables)
+    if ledger is None or rows is None or not _both_kinds(ledger):
+        return None
+    top = rows[~rows["family"].isin(["together", "null", "baseline"])].head(CLASSES)
+    if top.empty:
+        return None
+    columns = 1 if is_narrow(width) else min(2, len(top))
+    lines = -(-len(top) // columns)
+    figure = new_figure(width, 1.9 * lines + 0.5)
+    panels = np.asarray(figure.subplots(lines, columns, squeeze=False)).ravel()
+    for panel, row in zip(panels, top.to_dict("records"), strict=False):
+        note = f"AUROC {number(float(row['auroc']), 2)}"
+        drawings.class_panel(ledger, str(row["signal"]), str(row["title"]), panel, note=note)
+    for panel in panels[len(top) :]:
+        panel.set_visible(False)
+    figure.supylabel("share of the objects of its kind", fontsize=9)
+    legend_below(figure, drawings.class_handles())
+    return figure
+
+
+@styled
+def _strip(tables: Tables, width: float) -> Figure | None:
+    ledger, rows = tables.get("ledger"), ranked(tables)
+    if ledger is None or rows is None:
+        return None
+    shown = rows[((rows["family"] != "together") | (rows["signal"] == "combined")) & (rows["family"] != "null")]
+    shown = shown[[bool(ledger[name].notna().any()) for name in shown["signal"]]]
+    figure = new_figure(width, 1.5 + 0.24 * len(shown))
+    maps.strip_panel(ledger, maps.telling_item(ledger), shown, figure.add_subplot(), annotate=not is_narrow(width))
+    return figure
+
+
+@styled
+def _comparison(tables: Tables, width: float) -> Figure | None:
+    rankings, agreement = tables.get("rankings"), tables.get("agreement")
+    if rankings is None or agreement is None:
+        return None
+    parts = _part_names(rankings)
+    rankings = rankings.assign(part=parts)
+    known = rankings[rankings["auroc"].notna()]
+    if known.empty:
+        return None
+    order = known.groupby("signal")["auroc"].mean().sort_values(ascending=False).index
+    null = set(known.loc[known["family"] == "null", "signal"])
+    order = [name for name in order if name not in null] + [name for name in order if name in null]
+    titles = dict(zip(known["signal"], known["title"], strict=True))
+    names = list(dict.fromkeys(parts))
+    looks = condition_styles(names, dict.fromkeys(names, "treatment"))
+    figure = new_figure(width, 1.3 + 0.3 * len(order) * max(1.0, len(names) / 3))
+    panel = figure.add_subplot()
+    step = 0.7 / max(len(names), 1)
+    for row in known.to_dict("records"):
+        offset = (names.index(row["part"]) - (len(names) - 1) / 2) * step
+        interval_point(panel, order.index(row["signal"]) + offset, Estimate.of(row, "auroc"), looks[row["part"]])
+    for place in range(0, len(order), 2):
+        panel.axhspan(place - 0.5, place + 0.5, color="#f6f6f6", linewidth=0, zorder=0, label="_band")
+    reference_line(panel, 0.5, "chance", kind="chance")
+    category_axis(panel, [titles[name] for name in order])
+    panel.set_xlabel("AUROC, hallucinated against true objects")
+    short = short_names(names, 34)
+    legend_below(figure, [_handle(looks[name], short[name]) for name in names])
+    return figure
+
+
+def _handle(look: ConditionStyle, name: str) -> Line2D:
+    return Line2D(
+        [], [], color=look.colour, marker=look.marker, markerfacecolor=look.face, linestyle="none", markersize=5.5,
+        markeredgewidth=1.2, label=name,
+    )  # fmt: skip
+
+
+def _part_names(rankings: pd.DataFrame) -> list[str]:
+    """A name for the part of each row, from what differs between parts."""
+    differing = [one for one in ("model", "condition", "dataset") if rankings[one].nunique() > 1] or ["model"]
+    return [", ".join(str(row[one]) for one in differing) for row in rankings.to_dict("records")]
+
+
+def _signs(ranking: pd.DataFrame) -> dict[str, int]:
+    return {str(name): int(sign) for name, sign in zip(ranking["signal"], ranking["sign"], strict=True)}
+
+
+def _both_kinds(ledger: pd.DataFrame) -> bool:
+    false = ledger["label"].isin(drawings.FALSE)
+    return bool(false.any() and not false.all())
+
+
+def _sizes(tables: Tables) -> str:
+    """How many objects of how many images were measured."""
+    for name in ("ranking", "rankings"):
+        table = tables.get(name)
+        if table is not None and len(table):
+            row = table.loc[table["n_tokens"].idxmax()]
+            return (
+                f"{count(int(row['n_tokens']), 'named object')} ({count(int(row['n_hallucinated']), 'hallucinated one')}) in "
+                f"the captions of {count(int(row['n_images']), 'image')}"
+            )
+    return "no objects"
+
+
+def _pair(row: pd.Series) -> str:
+    estimate = Estimate(float(row["spearman"]), float(row["low"]), float(row["high"]))
+    return estimate.text(2)
+
+
+def _comparison_caption(tables: Tables) -> str:
+    agreement = tables.get("agreement", pd.DataFrame())
+    pairs = [f"{row['model_a']} and {row['model_b']} ({row['dataset_a']}, {row['condition_a']} against "
+             f"{row['dataset_b']}, {row['condition_b']}) {_pair(row)}" for _, row in agreement.head(6).iterrows()]  # fmt: skip
+    tail = f" Rank correlation of the rankings, intervals over signals: {'; '.join(pairs)}." if pairs else ""
+    return (
+        "AUROC of every signal in its declared direction, with 95 % bootstrap intervals over images, for every model, "
+        f"condition and data set measured.{tail}"
+    )
+
+
+def ledger_headline(tables: Tables) -> list[str]:
+    """Three plain sentences on the ledger: the best signal, what all of them add, and what is left without the baselines."""
+    rows = ranked(tables)
+    if rows is None:
+        return []
+    single = rows[~rows["family"].isin(["together", "null"])]
+    if single.empty:
+        return []
+    best, worst = single.iloc[0], single[single["agrees"] == "no"]
+    clear = single[single["agrees"] == "yes"]
+    lines = [
+        f"Of {count(len(single), 'signal')} read off at the moment before an object is named, "
+        f"{best['title']} tells hallucinated from true objects best: AUROC {Estimate.of(best.to_dict(), 'auroc').text(2)} "
+        f"over {_sizes(tables)}."
+    ]
+    text = f"{len(clear)} of {len(single)} point where they were expected to, with intervals above chance"
+    if len(worst):
+        text += f"; {join(list(worst['title']))} {'points' if len(worst) == 1 else 'point'} the other way"
+    lines.append(sentence(text))
+    lines += _together_sentence(tables)
+    return lines
+
+
+def _together_sentence(tables: Tables) -> list[str]:
+    together = tables.get("combination")
+    if together is None or "difference" not in together:
+        return []
+    row = together.iloc[0].to_dict()
+    gain = Estimate.of(row, "difference", "difference_low", "difference_high")
+    clause = against_chance(
+        f"the gain of all signals together (AUROC {Estimate.of(row, 'auroc').text(2)}, cross-validated by image) over the best "
+        "single one",
+        gain, 0.0, "no gain", 3,
+    )  # fmt: skip
+    return [sentence(clause)]
+
+
+FIGURES: Final = {
+    "ranking": Drawing(
+        "Which internal signal knows that an object is hallucinated",
+        lambda tables: (
+            f"Every signal as a detector, over {_sizes(tables)}, measured at the token before the object. An arrow says which "
+            "way it was expected to point before the data were seen (↑ higher when hallucinated, ↓ lower), a cross that the "
+            "data say the opposite. Filled: AUROC; hollow: the same with position in the caption and object frequency held "
+            "fixed; bars: 95 % bootstrap intervals over images; dashed: chance. Above the line: signals combined by a "
+            "cross-validated logistic regression."
+        ),
+        _ranking,
+    ),
+    "roc": Drawing(
+        "What the best signals find when false alarms must be rare",
+        lambda tables: (
+            f"ROC curves of the {TOP} best signals and of all signals together (out-of-fold), over {_sizes(tables)}. The axis of "
+            "false alarms is logarithmic; bars: 95 % bootstrap intervals over images at the rate of the table; dashed: chance."
+        ),
+        _roc,
+    ),
+    "strip": Drawing(
+        "One caption in the ledger",
+        lambda tables: (
+            "The objects that one caption names (across; a cross marks those that are not in the image) and what every signal "
+            "says of them (down, the best signal first): the percentile of its value among all named objects, turned so that "
+            "dark means a warning. Shown is the caption with most objects of both kinds."
+        ),
+        _strip,
+    ),
+    "classes": Drawing(
+        "The best signals in true and in hallucinated objects",
+        lambda tables: (
+            f"Histograms of the {CLASSES} best signals that read the model, each kind as shares of its own objects, over "
+            f"{_sizes(tables)}; triangles: medians. Values beyond the 0.5 % and 99.5 % quantiles are in the outer bins."
+        ),
+        _classes,
+    ),
+    "redundancy": Drawing(
+        "Which signals say the same",
+        lambda tables: (
+            "Spearman correlation of every pair of signals, both turned so that higher means hallucinated, over "
+            f"{_sizes(tables)}; signals that agree stand together (average linkage). A dot in place of a cell: the 95 % "
+            "bootstrap interval over images holds zero."
+        ),
+        _redundancy,
+    ),
+    "comparison": Drawing("Whether the ranking holds elsewhere", _comparison_caption, _comparison),
+}
