@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from probes import ClsOutliers, HeadDivergence, TokenLedger
+from probes import ClsOutliers, HeadDivergence, ImplicitAlignment, TokenLedger
 from slitlamp.errors import InputError
 from slitlamp.models import Batch
 from slitlamp.tracing import Probe
@@ -52,6 +52,15 @@ PROBES: dict[str, Case] = {
     "HeadDivergence zero": Case(lambda: HeadDivergence(contrast="zero", n_resamples=50), HEADS),
     "HeadDivergence mean": Case(lambda: HeadDivergence(contrast="mean", n_resamples=50), HEADS),
     "HeadDivergence noise": Case(lambda: HeadDivergence(contrast="noise", n_resamples=50), HEADS),
+    # t-SNE is chaotic: it makes a rounding difference visible
+    "ImplicitAlignment": Case(lambda: ImplicitAlignment(n_resamples=50, embedding="pca"), ("similarity", "value")),
+    "ImplicitAlignment sampled": Case(
+        lambda: ImplicitAlignment(
+            n_resamples=50, embedding="none", max_items=2, token_items=1, max_tokens=2, massive_k=2, text="all"
+        ),
+        ("similarity", "value"),
+    ),
+    "Subnetworks": Case(Subnetworks, ("iou", "iou")),
     "TokenLedger": Case(lambda: TokenLedger(n_resamples=50), ("ledger", "t_vhd")),
 }
 PROMPTS = ["<image> is there a dog ?", "<image> what is in the image and where is it ?", "describe this <image> ."]

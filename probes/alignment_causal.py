@@ -1,0 +1,78 @@
+"""What alignment points at, as edits: image tokens moved onto the text's mean, and the block that aligns them skipped."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probes.alignment_grid import pooled_cosines
+from probes.alignment_sample import Sample
+from probes.alignment_states import IMAGE, TEXT
+from slitlamp.decoding.edits import skip_block
+from slitlamp.models import Anatomy, Batch
+from slitlamp.tracing import Calls, CausalTarget, Edit
+from slitlamp.tracing.probe import EditsOf
+
+
+def largest_rise(sample: Sample) -> int | None:
+    """The layer l > 0 at which image-text cosine (without massive dimensions) rises most above the layer before.
+
+    The last layer is left out: nothing reads its image tokens. None for a model of one block.
+    """
+    curve = [
+        pooled_cosines(sample.pooled(IMAGE, layer, "removed"), sample.pooled(TEXT, layer, "removed")).mean()
+        for layer in range(sample.n_layers() - 1)
+    ]
+    return None if len(curve) < 2 else int(np.argmax(np.diff(curve))) + 1
+
+
+def move_image_tokens(block: int, step: Tensor) -> EditsOf:
+    """Add a vector [d_model] to the image tokens of the residual stream after a block."""
+
+    def edits(batch: Batch) -> list[Edit]:
+        def move(values: Tensor, calls: Calls) -> Tensor:
+            if not calls.is_prefill:
+                return values
+            chosen = batch.image_mask.to(values.device)[..., None]
+            return torch.where(chosen, values + step.to(values), values)
+
+        return [Edit("resid_post", block, move)]
+
+    return edits
+
+
+def _skip(block: int) -> EditsOf:
+    return lambda batch: skip_block(block)
+
+
+def causal_targets(sample: Sample, anatomy: Anatomy, n_draws: int, seed: int) -> list[CausalTarget]:
+    """See `ImplicitAlignment.causal_targets`."""
+    layer = largest_rise(sample)
+    if layer is None:
+        return []
+    block = layer - 1
+    step = sample.vectors["stream"][:, TEXT, layer].mean(axis=0) - sample.vectors["stream"][:, IMAGE, layer].mean(
+        axis=0
+    )
+    rng = np.random.default_rng(seed)
+    draws = rng.normal(size=(n_draws, len(step)))
+    draws *= np.linalg.norm(step) / np.linalg.norm(draws, axis=1, keepdims=True)
+    targets = [
+        CausalTarget(
+            name=f"image tokens after block {block} moved by the difference of means, onto the text",
+            target=move_image_tokens(block, torch.from_numpy(step).float()),
+            controls=tuple(move_image_tokens(block, torch.from_numpy(one).float()) for one in draws),
+            control_name="moved as far in random directions",
+        )
+    ]
+    others = rng.permutation([one for one in range(anatomy.n_layers) if one != block])[:n_draws].tolist()
+    targets.append(
+        CausalTarget(
+            name=f"block {block} skipped, which raises image-text cosine most",
+            target=_skip(block),
+            controls=tuple(_skip(one) for one in others),
+            control_name=f"another block skipped ({', '.join(str(one) for one in sorted(others))})",
+        )
+    )
+    return targets
