@@ -339,7 +339,8 @@ class VLM:
         return self._in_force.interventions
 
     def _edits(self, batch: Batch) -> list[AnyEdit]:
-        context = RunContext(batch=batch, anatomy=self.anatomy, trace=self._extra_pass)
+        source = Source(self.model, self.anatomy, self.tokenizer)
+        context = RunContext(batch=batch, anatomy=self.anatomy, trace=self._extra_pass, source=source)
         return [edit for one in self._interventions for edit in one.edits(context)]
 
     def _extra_pass(

@@ -12,7 +12,7 @@ from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
 from slitlamp.tracing.session import AnyEdit
 from slitlamp.tracing.sites import Site
-from slitlamp.tracing.trace import Trace
+from slitlamp.tracing.trace import Source, Trace
 
 Kind = Literal["input", "visual_tokens", "blocks", "logits"]
 KINDS: tuple[Kind, ...] = ("input", "visual_tokens", "blocks", "logits")
@@ -26,11 +26,13 @@ class RunContext:
         batch: what the model is about to run on.
         anatomy: the model's anatomy.
         trace: (batch, sites, edits) -> recordings of an extra forward pass with only those edits.
+        source: the model itself, for interventions that read its weights. Nothing may be written into it.
     """
 
     batch: Batch
     anatomy: Anatomy
     trace: Callable[[Batch, Sequence[Site], Sequence[AnyEdit]], Trace]
+    source: Source
 
 
 class Intervention(ABC):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from interventions import HeadReinforcement
+from interventions import HeadReinforcement, SkipPerceptual, SubnetMask
 from slitlamp.decoding import Intervention
 from slitlamp.models import Batch
 from slitlamp.tracing import sites
@@ -36,6 +36,23 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "HeadReinforcement least": (lambda a: HeadReinforcement(alpha=a, layers=[0, 1, 2], select="least"), 1.0, 3.0),
     "HeadReinforcement all": (lambda a: HeadReinforcement(alpha=a, layers=[0, 1, 2], select="all"), 1.0, 3.0),
     "HeadReinforcement fixed": (lambda a: HeadReinforcement(alpha=a, heads=[(0, 1), (2, 3), (2, 0)]), 1.0, 3.0),
+    "SkipPerceptual": (lambda a: SkipPerceptual(interval=int(a)), 0.0, 1.0),
+    "SkipPerceptual block": (lambda a: SkipPerceptual(skip="block", interval=int(a)), 0.0, 1.0),
+    "SkipPerceptual parallel": (lambda a: SkipPerceptual(skip="parallel", interval=int(a)), 0.0, 1.0),
+    "SkipPerceptual text": (lambda a: SkipPerceptual(interval=int(a), tokens="text"), 0.0, 1.0),
+    "SkipPerceptual text block both": (
+        lambda a: SkipPerceptual(skip="block", interval=int(a), tokens="text", when="both"),
+        0.0,
+        1.0,
+    ),
+    "SkipPerceptual all parallel both": (
+        lambda a: SkipPerceptual(skip="parallel", interval=int(a), tokens="all", when="both"),
+        0.0,
+        1.0,
+    ),
+    "SubnetMask": (lambda a: SubnetMask(sparsity=a), 0.0, 0.5),
+    "SubnetMask image": (lambda a: SubnetMask(sparsity=a, tokens="image", layers=[0, 2]), 0.0, 0.5),
+    "SubnetMask text": (lambda a: SubnetMask(sparsity=a, tokens="text"), 0.0, 0.5),
 }
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from probes import ClsOutliers, HeadDivergence, ImplicitAlignment, TokenLedger
+from probes import ClsOutliers, HeadDivergence, ImplicitAlignment, Subnetworks, TokenLedger
 from slitlamp.errors import InputError
 from slitlamp.models import Batch
 from slitlamp.tracing import Probe
