@@ -18,7 +18,7 @@ import slitlamp
 from slitlamp.errors import InputError, SlitlampError, unknown
 
 if TYPE_CHECKING:
-    from slitlamp.experiments import Run
+    from slitlamp.experiments import Experiment, Run
     from slitlamp.experiments.config import Config
 
 app = typer.Typer(
@@ -71,7 +71,7 @@ def demo(
     path = find_config("demo", data_folders("experiments"))
     config = read_config(path, ["take=4", "n_resamples=200"] if quick else [])
     default = Path("runs") / ("demo-quick" if quick else "demo")
-    _run(config, path, output or default, overwrite)
+    _run(_prepared(config, path, output or default, overwrite))
 
 
 @app.command()
@@ -91,27 +91,32 @@ def run(
         raise InputError("--output takes one experiment; several have their outputs in their files")
     paths = [find_config(one, data_folders("experiments")) for one in experiments]
     configs = [read_config(path, changes or []) for path in paths]
-    for config, path in zip(configs, paths, strict=True):
+    prepared = [_prepared(config, path, output, overwrite) for config, path in zip(configs, paths, strict=True)]
+    for experiment, path in zip(prepared, paths, strict=True):
         if len(paths) > 1:
             out.print(Text(path.stem, style="bold"))
-        _run(config, path, output, overwrite)
+        _run(experiment)
 
 
-def _run(config: Config, path: Path, output: Path | None, overwrite: bool) -> None:
+def _prepared(config: Config, path: Path, output: Path | None, overwrite: bool) -> Experiment:
     from slitlamp.experiments import Experiment
     from slitlamp.experiments.places import inside
-    from slitlamp.experiments.processes import is_main_process
 
-    _silence_libraries()
     folders = [path.resolve().parent, Path.cwd()]
     if output is None:
         output = inside(config.output or f"runs/{path.stem}", [Path.cwd(), *folders], "output")
         output = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
-    experiment = Experiment.from_config(config, output=output, folders=folders, overwrite=overwrite)
+    return Experiment.from_config(config, output=output, folders=folders, overwrite=overwrite)
+
+
+def _run(experiment: Experiment) -> None:
+    from slitlamp.experiments.processes import is_main_process
+
+    _silence_libraries()
     try:
         finished = experiment.run()
     except KeyboardInterrupt:
-        err.print(f"stopped; the same command goes on from here ({output})")
+        err.print(f"stopped; the same command goes on from here ({experiment.output})")
         raise SystemExit(130) from None
     if is_main_process():
         _report(finished)

@@ -135,6 +135,9 @@ def test_all_families_are_listed_with_their_classes(
         (["run", "broken.yaml"], "broken.yaml:2: malformed YAML"),
         (["run", "demo", "--output", "broken.yaml"], "the output broken.yaml is a file"),
         (["run", "demo", "--set", "output=/elsewhere/run"], "output: /elsewhere/run lies outside the folders"),
+        (["run", "demo", "demo", "--output", "out"], "--output takes one experiment"),
+        (["run", "demo", "dmo"], "no experiment 'dmo'"),
+        (["publish", "nowhere"], "nowhere is not a run folder"),
         (["report", "nowhere"], "nowhere is not a run folder"),
         (["inspect", "organism/seed7"], "no embedded model of seed 7"),
         (["inspect", "organism", "--gpus", "8"], "these options belong to an estimate; add --estimate"),
@@ -169,6 +172,9 @@ def test_a_run_from_a_file_and_its_report(
     assert (run.folder / "report.html").stat().st_size > 10_000
 
     assert "seed: the folder has 3, this run has 0" in failure(capsys, "run", "mine.yaml")
+    assert command("publish", "out", "--to", "results") == 0
+    assert (tmp_path / "results" / "out" / "head_divergence.png").is_file()
+    assert command("run", "mine.yaml", "mine.yaml", "--set", "seed=3") == 0  # both have ended
     (run.folder / "report.html").unlink()
     assert command("report", "out") == 0
     assert (run.folder / "report.html").is_file()
