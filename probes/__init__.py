@@ -4,6 +4,7 @@ from probes.cls_outliers import ClsOutliers
 from probes.head_divergence import HeadDivergence
 from probes.implicit_alignment import ImplicitAlignment
 from probes.subnetworks import Subnetworks
+from probes.token_ablation import TokenAblation
 from probes.token_ledger import TokenLedger
 
-__all__ = ["ClsOutliers", "HeadDivergence", "ImplicitAlignment", "Subnetworks", "TokenLedger"]
+__all__ = ["ClsOutliers", "HeadDivergence", "ImplicitAlignment", "Subnetworks", "TokenAblation", "TokenLedger"]

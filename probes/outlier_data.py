@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from probes.outlier_definitions import norm_outliers, norm_valley, top_tokens
@@ -91,8 +93,6 @@ class Tokens:
 
 def outlier_masks(tokens: Tokens, settings: Settings, valley: float) -> dict[str, Mask]:
     """bool [token] by definition: which tokens are outliers; `VALLEY` is left out where there is no valley."""
-    import torch
-
     top, norm = np.zeros(len(tokens.norm), dtype=bool), np.zeros(len(tokens.norm), dtype=bool)
     for part in tokens.parts():
         top[part] = top_tokens(torch.from_numpy(tokens.encoder[part, 0]), settings.top_k).numpy()
@@ -109,7 +109,19 @@ def features_valley(get: Callable[[str], Array]) -> float:
     return norm_valley(get("tower_histogram")[layers.index(int(get("compared")[0]))])
 
 
-def mean_intervals(values: ArrayLike, settings: Settings, name: str = "mean") -> pd.DataFrame:
+class Resampling(Protocol):
+    """Parameters of a bootstrap over items."""
+
+    @property
+    def n_resamples(self) -> int:
+        """How many resamples."""
+
+    @property
+    def seed(self) -> int:
+        """Of the resampling."""
+
+
+def mean_intervals(values: ArrayLike, settings: Resampling, name: str = "mean") -> pd.DataFrame:
     """The mean over items of each column of [item, k], missing ones left out: `name`, low, high, n_items; one row per column."""
     found = intervals(np.asarray(values, dtype=np.float64), settings)
     return pd.DataFrame(
@@ -122,7 +134,7 @@ def mean_intervals(values: ArrayLike, settings: Settings, name: str = "mean") ->
     )
 
 
-def intervals(values: FloatArray, settings: Settings, *, p_value: bool = False) -> list[Interval]:
+def intervals(values: FloatArray, settings: Resampling, *, p_value: bool = False) -> list[Interval]:
     """Means over items of [item, k] with their bootstrap intervals; NaN is left out."""
     known = np.isfinite(values)
     width = values.shape[1]

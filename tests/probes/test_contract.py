@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from probes import ClsOutliers, HeadDivergence, ImplicitAlignment, Subnetworks, TokenLedger
+from probes import ClsOutliers, HeadDivergence, ImplicitAlignment, Subnetworks, TokenAblation, TokenLedger
 from slitlamp.errors import InputError
 from slitlamp.models import Batch
 from slitlamp.tracing import Probe
@@ -44,6 +44,9 @@ class Case:
 
 HEADS = ("heads", "vhd")
 PROBES: dict[str, Case] = {
+    "TokenAblation": Case(
+        lambda: TokenAblation(n_resamples=50, top_k=3, n_random=1, n_shifted=1), ("effects", "change"), half=0.5
+    ),
     "ClsOutliers": Case(lambda: ClsOutliers(n_resamples=50, top_k=3), ("concentration", "top_share")),
     "ClsOutliers received": Case(
         lambda: ClsOutliers(n_resamples=50, encoder_attention="received"), ("concentration", "top_share")
@@ -52,6 +55,9 @@ PROBES: dict[str, Case] = {
     "HeadDivergence zero": Case(lambda: HeadDivergence(contrast="zero", n_resamples=50), HEADS),
     "HeadDivergence mean": Case(lambda: HeadDivergence(contrast="mean", n_resamples=50), HEADS),
     "HeadDivergence noise": Case(lambda: HeadDivergence(contrast="noise", n_resamples=50), HEADS),
+    "HeadDivergence prior": Case(
+        lambda: HeadDivergence(contrasts=["zero", "noise"], language_prior=True, n_resamples=50), ("prior", "kl"), half=0.2
+    ),
     # t-SNE is chaotic: it makes a rounding difference visible
     "ImplicitAlignment": Case(lambda: ImplicitAlignment(n_resamples=50, embedding="pca"), ("similarity", "value")),
     "ImplicitAlignment sampled": Case(

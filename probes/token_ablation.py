@@ -1,0 +1,414 @@
+"""Image tokens replaced before the language model: those of an object, outliers, those of high attribution, random ones."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from probes.cls_outliers import feature_block
+from probes.outlier_data import intervals, mean_intervals
+from probes.outlier_definitions import norm_outliers, random_tokens, top_tokens
+from probes.outlier_places import boxes_of, check_places, place_tokens
+from probes.token_sets import object_tokens, shifted_tokens
+from slitlamp.decoding.edits import replace_tokens
+from slitlamp.errors import InputError, UnsupportedError, unknown
+from slitlamp.evaluation.statistics import benjamini_hochberg
+from slitlamp.models import Anatomy, Batch
+from slitlamp.tracing import Edit, GatheringProbe, ProbeResult, Site, Trace, View
+from slitlamp.tracing.probe import Labels
+from slitlamp.tracing.sites import logits, resid_pre, vision_attention, vision_resid_post
+
+if TYPE_CHECKING:
+    from slitlamp.vlm import VLM
+
+TokenSet = Literal["object", "object + 1", "object + 2", "encoder", "norm", "gradient"]
+TOKEN_SETS: tuple[str, ...] = get_args(TokenSet)
+BUFFERS = {"object": 0, "object + 1": 1, "object + 2": 2}
+ABLATED = ("set", "random", "shifted")
+ROLES = (
+    *("named object", "other true objects", "hallucinated objects", "other words"),
+    *("answer, object in the image", "answer, object not in the image"),
+)
+
+
+@dataclass
+class TokenAblation(GatheringProbe):
+    """How much the probability of an answer or of object words falls when some image tokens say nothing.
+
+    Inputs of the language model at chosen image tokens (the projector's outputs) are replaced, and the given tokens are
+    scored again. Each set of tokens is compared with random sets of the same size: "random", scattered tokens outside the
+    set; "shifted", the set's own shape moved elsewhere on the grid (with the least overlap), for sets that hang together.
+
+    The sets: the patches of one object (captions: one true object that was named, at random; questions: the object asked
+    for, where it is in the image), with a margin of 0, 1 or 2 cells; the `top_k` tokens first in the encoder's attention and
+    those of outlying norm (as in `ClsOutliers`; with high-resolution tiles, of the whole-image view); the tokens of the
+    largest gradient x (input - replacement) for the log probability of the object's word or the answer, as many as the object
+    has, else `top_k`. Sets of objects need labels with boxes.
+
+    All runs are those of the unmodified model, also under interventions. The logits of all sets are held at once: batches of
+    large models must be small.
+
+    Attributes:
+        sets: which.
+        replacement: what tokens are replaced by: "mean", of the row's own image tokens; "zero"; "given", `vector`. The usual
+            choice, the mean of the whole data set, needs a pass before: `mean_image_token`.
+        vector: [d_model], for "given".
+        top_k: size of the sets that no object gives.
+        min_cover: a token belongs to an object if its boxes cover this share of it, or more than of any other token [?].
+        n_sd: of the norm rule.
+        n_random, n_shifted: how many control sets of each kind.
+        seed: of random sets, the choice of the object, and the bootstrap.
+        n_resamples: of the bootstrap, over items.
+    """
+
+    sets: Sequence[TokenSet] = TOKEN_SETS  # type: ignore[assignment]  # get_args loses the literals
+    replacement: Literal["mean", "zero", "given"] = "mean"
+    vector: Sequence[float] | None = None
+    top_k: int = 10
+    min_cover: float = 0.1
+    n_sd: float = 2.0
+    n_random: int = 3
+    n_shifted: int = 2
+    seed: int = 0
+    n_resamples: int = 2000
+    _gathered: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    name: ClassVar[str] = "token_ablation"
+
+    def sites(self, anatomy: Anatomy) -> list[Site]:
+        """The inputs of the language model, and what outliers are read off."""
+        self._check(anatomy)
+        queries: Literal["cls", "patches"] = "cls" if anatomy.has_cls else "patches"
+        of_tower = vision_attention(queries=queries, reduce_heads="mean", reduce_queries="mean", label="encoder")
+        found = [resid_pre(layers=0, positions="image", label="embedded")]
+        found += [of_tower] if "encoder" in self.sets or "norm" in self.sets else []
+        return found + ([vision_resid_post(positions="patches", label="tower")] if "norm" in self.sets else [])
+
+    def _check(self, anatomy: Anatomy) -> None:
+        for one in self.sets:
+            if one not in TOKEN_SETS:
+                raise unknown("set of tokens", one, TOKEN_SETS)
+        if not self.sets or len(set(self.sets)) < len(self.sets):
+            raise InputError(f"sets must name each set of tokens once, found {list(self.sets)}")
+        if self.replacement not in ("mean", "zero", "given"):
+            raise unknown("replacement", self.replacement, ("mean", "zero", "given"))
+        if (self.replacement == "given") != (self.vector is not None):
+            raise InputError("replacement='given' and vector go together")
+        if self.vector is not None and len(self.vector) != anatomy.d_model:
+            raise InputError(f"vector must have {anatomy.d_model} numbers (d_model), found {len(self.vector)}")
+        for name, least in (("top_k", 1), ("n_random", 1), ("n_shifted", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, found {getattr(self, name)}")
+        check_places(anatomy)
+        if anatomy.deepstack_layers:
+            raise UnsupportedError(
+                f"{anatomy.family.name} adds features of the image again after later blocks (DeepStack), which a replaced "
+                "input does not remove"
+            )
+
+    def views(self, anatomy: Anatomy) -> dict[str, View]:
+        """The batch unchanged; its gradients; and a run per set and control."""
+        scored = [logits(positions="before_generated")]
+
+        def unchanged(batch: Batch, trace: Trace) -> tuple[Batch, list[Edit]]:
+            return batch, []
+
+        found = {"unchanged": View(unchanged, scored)}
+        if "gradient" in self.sets:
+            sites = [resid_pre(layers=0, positions="image", label="embedded"), *scored]
+            found["gradient"] = View(unchanged, sites, gradient_of=self._log_probability)
+        for name, ablated, draw in self._runs():
+            found[f"{name}: {ablated} {draw}"] = View(self._replacing(name, ablated, draw), scored)
+        return found
+
+    def _runs(self) -> Iterator[tuple[str, str, int]]:
+        """(set, what is ablated, draw) of all runs."""
+        for name in self.sets:
+            for ablated, count in zip(ABLATED, (1, self.n_random, self.n_shifted), strict=True):
+                yield from ((name, ablated, draw) for draw in range(count))
+
+    def _replacing(self, name: str, ablated: str, draw: int) -> Callable[[Batch, Trace], tuple[Batch, list[Edit]]]:
+        def change(batch: Batch, trace: Trace) -> tuple[Batch, list[Edit]]:
+            chosen = torch.zeros_like(batch.image_mask)
+            for row in range(batch.size):
+                mask = self._tokens(batch, trace, row, name)
+                if mask.any() and ablated != "set":
+                    mask = self._control(batch, row, mask, ablated, draw)
+                chosen[row, batch.image_mask[row].nonzero()[:, 0]] = mask.to(chosen.device)
+            return batch, replace_tokens(chosen, self._value(batch, trace))
+
+        return change
+
+    def _value(self, batch: Batch, trace: Trace) -> Tensor | float:
+        """What tokens are replaced by: a number, [d_model], or [batch, 1, d_model]."""
+        if self.replacement == "zero":
+            return 0.0
+        if self.vector is not None:
+            return torch.tensor(list(self.vector))
+        values, mask = trace["embedded"][0], trace.mask("embedded")[..., None]
+        return (values.double() * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
+
+    # -- which tokens -------------------------------------------------------------------------------------------------
+
+    def _generator(self, item: str, *salt: int) -> np.random.Generator:
+        """Randomness of one item, whatever batch it is in."""
+        return np.random.default_rng([self.seed, *salt, zlib.crc32(item.encode())])
+
+    def _target(self, batch: Batch, trace: Trace, row: int) -> tuple[int, pd.DataFrame | None]:
+        """The token whose object is ablated, and its row of the labels; without such an object the first labelled word or
+        the first token, and None.
+        """
+        table = None if trace.labels is None else trace.labels[row]
+        if table is None:
+            return 0, None
+        named = table[table["label"].isin(["object", "correct", "wrong"])]
+        seen = named[[len(boxes_of(named.iloc[[one]])) > 0 for one in range(len(named))]]
+        if len(seen):
+            one = int(self._generator(batch.ids[row]).integers(len(seen)))
+            return int(seen["token"].iloc[one]), seen.iloc[[one]]
+        some = table[table["label"] != "other"]
+        return (int(some["token"].iloc[0]) if len(some) else 0), None
+
+    def _tokens(self, batch: Batch, trace: Trace, row: int, name: str) -> Tensor:
+        """bool [image token] of the row: the set of that name; all False where the row has none."""
+        patches = batch.patches[row]
+        if name in BUFFERS or name == "gradient":
+            _, labelled = self._target(batch, trace, row)
+            of_object = object_tokens(patches, boxes_of(labelled), BUFFERS.get(name, 0), self.min_cover)
+            if name in BUFFERS:
+                return of_object
+            score = self._gradient(batch, trace, row).masked_fill(~patches.on_image, -torch.inf)
+            return top_tokens(score, int(of_object.sum()) or min(self.top_k, int(patches.on_image.sum())))
+        assert trace.source is not None
+        anatomy, mask = trace.source.anatomy, torch.zeros(len(patches), dtype=torch.bool)
+        n_patches = trace["encoder"].key_mask.sum(dim=1).tolist()
+        placed = place_tokens(anatomy, batch, row, n_patches)
+        block = feature_block(trace.source.model.config, anatomy.n_vision_layers)
+        if name == "encoder":
+            weights = trace["encoder"][block][placed.tile].double().cpu()
+            mask[placed.token] = top_tokens(placed.of_patches(weights, "sum"), self.top_k)
+        else:
+            norms = trace["tower"][block][placed.tile].double().norm(dim=-1).cpu()
+            mask[placed.token] = norm_outliers(placed.of_patches(norms, "mean"), self.n_sd)
+        return mask
+
+    def _control(self, batch: Batch, row: int, mask: Tensor, ablated: str, draw: int) -> Tensor:
+        rng, patches = self._generator(batch.ids[row], draw + 1, ABLATED.index(ablated)), batch.patches[row]
+        if ablated == "shifted":
+            return shifted_tokens(patches, mask, rng)
+        chosen = torch.zeros_like(mask)
+        for view in patches.view[mask].unique():  # as many in each view, so that as much of the image is gone
+            here = (patches.on_image & (patches.view == view)).nonzero()[:, 0]
+            drawn = random_tokens(len(here), int(mask[here].sum()), rng, avoid=mask[here].numpy())
+            chosen[here[torch.from_numpy(drawn)]] = True
+        return chosen
+
+    def _gradient(self, batch: Batch, trace: Trace, row: int) -> Tensor:
+        """gradient x (input - replacement) [image token]: how much the first order says that replacing would cost."""
+        view = trace.views["gradient"]
+        assert view.gradients is not None
+        slope = view.gradients["embedded"][0][row].double()
+        value = torch.as_tensor(self._value(batch, trace), device=slope.device, dtype=torch.float64)
+        away = view["embedded"][0][row].double() - (value[row] if value.ndim == 3 else value)
+        return (slope * away).sum(dim=-1)[trace.mask("embedded")[row]].cpu()
+
+    def _log_probability(self, batch: Batch, trace: Trace) -> Callable[[Any], Tensor]:
+        """Of the target token of every row, to be differentiated."""
+        _refuse_bare(batch)
+        place = [
+            batch.length - batch.n_generated[row] + self._target(batch, trace, row)[0] for row in range(batch.size)
+        ]
+
+        def scalar(output: Any) -> Tensor:
+            rows, at = torch.arange(batch.size), torch.tensor(place)
+            values = output.logits[rows, at - 1].float().log_softmax(dim=-1)
+            return values[rows, batch.input_ids[rows, at]]
+
+        return scalar
+
+    # -- measuring ----------------------------------------------------------------------------------------------------
+
+    def update(self, batch: Batch, trace: Trace, labels: Labels | None = None) -> None:
+        """Take in one batch; without `labels` there are no objects, and all words are other words."""
+        _refuse_bare(batch)
+        before, best = self._scores(batch, trace.views["unchanged"])
+        count = len(self.sets)
+        shape = (batch.size, count, len(ABLATED))
+        change, flipped = np.zeros((*shape, before.shape[1])), np.zeros((*shape, before.shape[1]))
+        draws = dict(zip(ABLATED, (1, self.n_random, self.n_shifted), strict=True))
+        for name, ablated, draw in self._runs():
+            after, now = self._scores(batch, trace.views[f"{name}: {ablated} {draw}"])
+            here = (slice(None), self.sets.index(name), ABLATED.index(ablated))
+            change[here] += (after - before).cpu().numpy() / draws[ablated]
+            flipped[here] += (now != best).double().cpu().numpy() / draws[ablated]
+        for row in range(batch.size):
+            sizes = np.array([int(self._tokens(batch, trace, row, name).sum()) for name in self.sets])
+            roles = self._roles(batch, trace, row)
+            sums, found = np.full((count, len(ABLATED), len(ROLES)), np.nan), np.zeros(len(ROLES), dtype=np.int64)
+            flips = sums.copy()
+            for number, role in enumerate(ROLES):
+                tokens = [token for token, one in enumerate(roles) if one == role]
+                found[number] = len(tokens)
+                if tokens:
+                    sums[:, :, number] = change[row][..., tokens].mean(axis=-1)
+                    flips[:, :, number] = flipped[row][..., tokens].mean(axis=-1)
+            absent = sizes == 0
+            sums[absent], flips[absent] = np.nan, np.nan
+            self._rows(
+                item=np.array([batch.ids[row]]),
+                change=sums[None],
+                flipped=flips[None],
+                n_tokens=found[None],
+                size=sizes[None],
+                n_image_tokens=np.array([int(batch.patches[row].on_image.sum())]),
+            )
+
+    def _scores(self, batch: Batch, view: Trace) -> tuple[Tensor, Tensor]:
+        """Log probabilities of the given tokens and the most likely ids: [batch, token], 0 behind the last."""
+        values = view["logits"][0].float().log_softmax(dim=-1)
+        real, given = view.mask("logits"), torch.zeros(values.shape[:2], dtype=torch.int64, device=values.device)
+        for row, count in enumerate(batch.n_generated):
+            given[row, :count] = batch.input_ids[row, batch.length - count :].to(values.device)
+        scores = values.gather(-1, given[..., None])[..., 0].double().masked_fill(~real, 0.0)
+        return scores, values.argmax(dim=-1).masked_fill(~real, 0)
+
+    def _roles(self, batch: Batch, trace: Trace, row: int) -> list[str]:
+        """What every given token is, for the ablation in this row."""
+        roles = ["other words"] * batch.n_generated[row]
+        table = None if trace.labels is None else trace.labels[row]
+        if table is None:
+            return roles
+        target, labelled = self._target(batch, trace, row)
+        for one in table.itertuples():
+            if one.label == "hallucinated":
+                roles[one.token] = "hallucinated objects"
+            elif one.label == "object":
+                named = labelled is not None and one.token == target
+                roles[one.token] = "named object" if named else "other true objects"
+            elif one.label in ("correct", "wrong"):
+                roles[one.token] = (
+                    f"answer, object {'' if getattr(one, 'truth', None) == 'yes' else 'not '}in the image"
+                )
+        return roles
+
+    # -- tables -------------------------------------------------------------------------------------------------------
+
+    def result(self) -> ProbeResult:
+        """Tables `effects`, `contrasts` and `sets`."""
+        self._get("item")
+        effects = self._effects()
+        tables = {"effects": effects, "contrasts": self._contrasts(), "sets": self._sizes()}
+        return ProbeResult(name=self.name, tables=tables, summary=_summary(tables["contrasts"]))
+
+    def _cells(self) -> Iterator[tuple[int, str, int, str]]:
+        """Number and name of sets and roles that were measured together."""
+        change = self._get("change")
+        for number, name in enumerate(self.sets):
+            for place, role in enumerate(ROLES):
+                if np.isfinite(change[:, number, 0, place]).any():
+                    yield number, name, place, role
+
+    def _effects(self) -> pd.DataFrame:
+        """Change of log p and share of changed predictions by set, what was ablated, and kind of token; items count equally."""
+        rows = []
+        change, flipped, count = self._get("change"), self._get("flipped"), self._get("n_tokens")
+        for number, name, place, role in self._cells():
+            known = np.isfinite(change[:, number, 0, place])
+            for kind, ablated in enumerate(ABLATED[: 2 + (self.n_shifted > 0)]):
+                values = np.stack([change[:, number, kind, place], flipped[:, number, kind, place]], axis=1)[known]
+                one, flip = intervals(values, self)
+                rows.append(
+                    {
+                        "set": name, "ablated": ablated, "role": role,
+                        "change": one.value, "low": one.low, "high": one.high,
+                        "flipped": flip.value, "flipped_low": flip.low, "flipped_high": flip.high,
+                        "n_tokens": int(count[known, place].sum()), "n_items": int(known.sum()),
+                    }
+                )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def _contrasts(self) -> pd.DataFrame:
+        """The set minus its controls, item by item: change of log p (nats) and share of changed predictions, with p values
+        (bootstrap, and adjusted by Benjamini and Hochberg over the table).
+        """
+        rows = []
+        change, flipped = self._get("change"), self._get("flipped")
+        for number, name, place, role in self._cells():
+            known = np.isfinite(change[:, number, 0, place])
+            for kind, ablated in enumerate(ABLATED[: 2 + (self.n_shifted > 0)]):
+                if kind == 0:
+                    continue
+                both = [one[known, number, 0, place] - one[known, number, kind, place] for one in (change, flipped)]
+                one, flip = intervals(np.stack(both, axis=1), self, p_value=True)
+                rows.append(
+                    {
+                        "set": name, "control": ablated, "role": role,
+                        "difference": one.value, "low": one.low, "high": one.high, "p": one.p,
+                        "flipped": flip.value, "flipped_low": flip.low, "flipped_high": flip.high, "flipped_p": flip.p,
+                        "n_items": int(known.sum()),
+                    }
+                )  # fmt: skip
+        table = pd.DataFrame(rows)
+        some = bool(table["p"].notna().any())
+        return table.assign(p_adjusted=benjamini_hochberg(table["p"].astype(float)) if some else np.nan)
+
+    def _sizes(self) -> pd.DataFrame:
+        """How many tokens each set has, as a number and as a share of the image's, in items that have it."""
+        sizes = self._get("size").astype(np.float64)
+        sizes[sizes == 0] = np.nan
+        table = mean_intervals(sizes, self, "tokens")
+        share = mean_intervals(sizes / self._get("n_image_tokens")[:, None], self, "share")
+        table.insert(0, "set", list(self.sets))
+        return table.assign(share=share["share"], share_low=share["low"], share_high=share["high"])
+
+
+def mean_image_token(vlm: VLM, batches: Iterable[Batch]) -> list[float]:
+    """The mean input of the language model at the image tokens of a data set: [d_model], the `vector` of `TokenAblation`."""
+    total, count = torch.zeros(vlm.anatomy.d_model, dtype=torch.float64), 0
+    for batch in batches:
+        with vlm.trace(resid_pre(layers=0, positions="image", label="embedded")) as trace:
+            vlm.forward(batch, logits_to_keep=1)
+        tokens = trace["embedded"][0][trace.mask("embedded")].double().cpu()
+        total, count = total + tokens.sum(dim=0), count + len(tokens)
+    if not count:
+        raise InputError("there is no image token to take the mean of")
+    mean: list[float] = (total / count).tolist()
+    return mean
+
+
+def _refuse_bare(batch: Batch) -> None:
+    """Refuse rows without an image or without a continuation."""
+    bare = [
+        item
+        for item, some, count in zip(batch.ids, batch.image_mask.any(dim=1).tolist(), batch.n_generated, strict=True)
+        if not (some and count)
+    ]
+    if bare:
+        raise InputError(
+            "token ablation needs an image and generated tokens to score (Generation.teacher_forced()); items without: "
+            + ", ".join(bare[:5])
+        )
+
+
+def _summary(contrasts: pd.DataFrame) -> str:
+    """The object's own tokens against shifted and random ones, at its word or the answer about it."""
+    parts: list[str] = []
+    for role in ("named object", "answer, object in the image", "other words"):
+        rows = contrasts[(contrasts["role"] == role) & (contrasts["control"] == "random")]
+        if not len(rows) or (parts and role == "other words"):
+            continue
+        row = rows.iloc[0]
+        change = f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+        flips = f"{row['flipped']:+.2f} [{row['flipped_low']:+.2f}, {row['flipped_high']:+.2f}]"
+        parts.append(
+            f"Replacing the tokens of the set {row['set']!r} changes log p ({role}) by {change} nats against as many random "
+            f"tokens, and changes {flips} of the predictions more (n = {int(row['n_items'])})."
+        )
+    return " ".join(parts)
