@@ -18,7 +18,7 @@ from probes.logistic_solver import Problem, Scaling, solve
 from slitlamp.errors import InputError
 
 DEFAULT_STRENGTHS: tuple[float, ...] = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5)
-"""Penalties: lambda of lambda / 2 ||w||^2 beside the SUM of log losses of standardised features (scikit-learn's C is 1 / lambda)."""
+"""Penalties: lambda of lambda / 2 ||w||^2 beside the SUM of log losses of standardised features; scikit-learn's 1 / C."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def mlp_scores(
                 # the mean of each fold's batch; folds do not touch each other, so their losses may be added
                 total = (loss.sum(dim=1) / use.sum(dim=1).clamp_min(1)).sum()
                 optimiser.zero_grad()
-                total.backward()  # type: ignore[no-untyped-call]
+                total.backward()
                 optimiser.step()
     scores = problem.x.new_empty(len(problem.x))
     with torch.no_grad():
