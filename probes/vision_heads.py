@@ -44,12 +44,12 @@ def zero_surging_heads(divergence: Tensor, activation: Tensor, *, ddof: int = 0)
     Returns:
         [..., head].
     """
+    return divergence.masked_fill(surging(divergence, ddof=ddof) & surging(activation, ddof=ddof), 0)
 
-    def high(values: Tensor) -> Tensor:
-        limit = values.mean(dim=-1, keepdim=True) + values.std(dim=-1, keepdim=True, correction=ddof)
-        return values > limit
 
-    return divergence.masked_fill(high(divergence) & high(activation), 0)
+def surging(values: Tensor, *, ddof: int = 0) -> Tensor:
+    """Which values [..., head] exceed mean + standard deviation over the heads: one side of the outlier rule."""
+    return values > values.mean(dim=-1, keepdim=True) + values.std(dim=-1, keepdim=True, correction=ddof)
 
 
 def choose_heads(divergence: Tensor, choice: Choice, *, seed: int = 0, layer: int = 0) -> Tensor:

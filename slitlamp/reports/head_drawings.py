@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from slitlamp.reports import heads, summaries
+from slitlamp.reports import head_areas, head_consistency, head_prior, heads, summaries
+from slitlamp.reports.draw import is_narrow, legend_below
 from slitlamp.reports.drawing import Drawing, Tables
-from slitlamp.reports.style import new_figure
+from slitlamp.reports.style import new_figure, styled
 
 
-def _head_map(tables: Tables, width: float) -> Figure:
+def _head_map(tables: Tables, width: float) -> Figure | None:
+    return _one(tables, width, heads.head_map)
+
+
+def _head_intervals(tables: Tables, width: float) -> Figure | None:
+    return _one(tables, width, heads.head_intervals)
+
+
+@styled
+def _one(tables: Tables, width: float, draw: Callable[..., Axes]) -> Figure | None:
+    if "heads" not in tables:
+        return None
     figure = new_figure(width, 3.2)
-    heads.head_map(tables["heads"], figure.add_subplot())
+    draw(tables["heads"], figure.add_subplot())
     return figure
 
 
-def _head_intervals(tables: Tables, width: float) -> Figure:
-    figure = new_figure(width, 3.2)
-    heads.head_intervals(tables["heads"], figure.add_subplot())
-    return figure
-
-
+@styled
 def _t_vhd_histogram(tables: Tables, width: float) -> Figure | None:
-    tokens = tables.get("tokens")
-    if tokens is None or not (tokens["label"] != "").any():
+    tokens, means = tables.get("tokens"), tables.get("t_vhd")
+    if tokens is None or means is None or not (tokens["label"] != "").any():
         return None
     column, k = summaries.t_vhd_column(tokens)
-    means = tables["t_vhd"]
-    figure = new_figure(width, 3.6)
+    figure = new_figure(width, 4.0 if is_narrow(width) else 3.6)
     labelled = tokens[tokens["label"] != ""]
-    heads.t_vhd_histogram(labelled, column, means[means["k"] == k], figure.add_subplot())
+    ax = heads.t_vhd_histogram(labelled, column, means[means["k"] == k], figure.add_subplot())
+    legend_below(figure, ax.get_legend_handles_labels()[0])
     return figure
 
 
@@ -55,4 +64,21 @@ FIGURES: Final = {
         lambda tables: "T-VHD of words that name an object in the image, of those that name another, and of the rest.",
         _t_vhd_histogram,
     ),
+    "sentence_histogram": Drawing("T-VHD by sentence", head_areas.sentence_caption, head_areas.sentence_histogram),
+    "t_vhd_areas": Drawing("Does low T-VHD find hallucinations?", head_areas.areas_caption, head_areas.t_vhd_areas),
+    "language_prior": Drawing(
+        "What the model says without the image", head_prior.language_prior_caption, head_prior.language_prior
+    ),
+    "consistency": Drawing(
+        "Are the heads the same everywhere?", head_consistency.consistency_caption, head_consistency.consistency
+    ),
+    "consistency_steps": Drawing(
+        "Heads along the caption", head_consistency.steps_caption, head_consistency.consistency_steps
+    ),
+    "contrasts": Drawing("Ways of removing the image", head_consistency.contrasts_caption, head_consistency.contrasts),
+    "contrast_maps": Drawing(
+        "Heads by way of removing the image", head_consistency.contrast_maps_caption, head_consistency.contrast_maps
+    ),
+    "outliers": Drawing("What the outlier rule zeroes", head_consistency.outliers_caption, head_consistency.outliers),
+    "points": Drawing("Where VHD is measured", head_consistency.points_caption, head_consistency.points),
 }

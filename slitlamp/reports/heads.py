@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -104,7 +105,14 @@ def head_intervals(heads: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 @styled
 def t_vhd_histogram(
-    tokens: pd.DataFrame, column: str, means: pd.DataFrame | None = None, ax: Axes | None = None, *, bins: int = 24
+    tokens: pd.DataFrame,
+    column: str,
+    means: pd.DataFrame | None = None,
+    ax: Axes | None = None,
+    *,
+    bins: int = 24,
+    unit: str = "word",
+    names: Mapping[str, str] = TOKEN_NAMES,
 ) -> Axes:
     """Histogram of T-VHD by kind of word, each kind as shares of its own words, with means and their intervals above.
 
@@ -114,6 +122,8 @@ def t_vhd_histogram(
         means: columns label, mean, low, high.
         ax: where to draw; a new figure if None.
         bins: number of bins over the range of all words.
+        unit: what a row is.
+        names: of the kinds.
     """
     need(tokens, "label", column)
     ax = axes_or_new(ax, height=3.2)
@@ -131,7 +141,7 @@ def t_vhd_histogram(
         )  # fmt: skip
         ax.stairs(
             share, edges, color=TOKEN_COLOURS[label], linestyle=TOKEN_LINES[label], linewidth=1.7,
-            label=f"{TOKEN_NAMES[label]}, {count(len(values), 'word')}",
+            label=f"{names[label]}, {count(len(values), unit)}",
         )  # fmt: skip
     rows = {} if means is None else {str(row["label"]): row for row in means.to_dict("records")}
     for i, label in enumerate(label for label in present if label in rows):
@@ -143,8 +153,8 @@ def t_vhd_histogram(
             row["mean"], height, marker="|", markersize=9, markeredgewidth=2, color=TOKEN_COLOURS[label], label="_mean"
         )
     ax.set_ylim(0, (top or 1.0) * (1.15 + 0.07 * len(rows)))
-    ax.set_xlabel("T-VHD of the word (sum of L2 distances)")
-    ax.set_ylabel("share of the words of its kind")
+    ax.set_xlabel(f"T-VHD of the {unit} (L2 distances)")
+    ax.set_ylabel(f"share of the {unit}s of its kind")
     return ax
 
 

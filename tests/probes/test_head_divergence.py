@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import spearmanr
 
 from probes import HeadDivergence
-from probes.head_divergence import _mean_rank_correlation
 from probes.vision_heads import choose_heads, default_layers, head_divergence, text_activation, zero_surging_heads
 from slitlamp.errors import InputError, UnknownNameError
+from slitlamp.reports.head_drawings import FIGURES
 from slitlamp.tracing import sites
+from slitlamp.tracing.probe import Part
 from slitlamp.vlm import VLM
 
 
@@ -75,6 +75,12 @@ def test_unknown_choices_name_the_known() -> None:
         choose_heads(torch.rand(1, 4), "divergant")  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="deleted"):
         HeadDivergence(contrast="delete").sites(None)  # type: ignore[arg-type]
+    with pytest.raises(UnknownNameError, match="noise"):
+        HeadDivergence(contrasts=["nois"]).sites(None)  # type: ignore[arg-type, list-item]
+    with pytest.raises(UnknownNameError, match="objects"):
+        HeadDivergence(sentence_means=["object"]).sites(None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="top_heads"):
+        HeadDivergence(top_heads=0).sites(None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="top_k"):
         HeadDivergence(top_k=(0,)).sites(None)  # type: ignore[arg-type]
 
@@ -158,15 +164,19 @@ def test_planted_labels_are_told_apart_by_t_vhd() -> None:
     probe.load_state(
         {
             "rows.item": np.array(["a", "b", "c"]),
+            "rows.group": np.array(["a", "b", "c"]),
             "constants.layer": np.array([0]),
-            "rows.first": np.ones((3, 1, 2), dtype=np.float32),
-            "rows.selected": np.ones((3, 1, 2), dtype=bool),
+            "rows.first": np.ones((3, 1, 1, 2), dtype=np.float32),
+            "rows.selected": np.ones((3, 1, 1, 2), dtype=bool),
+            "rows.outliers": np.zeros((3, 1, 1, 3), dtype=np.int64),
             "rows.token_item": np.repeat(["a", "b", "c"], 4),
+            "rows.token_group": np.repeat(["a", "b", "c"], 4),
             "rows.token": np.tile(np.arange(4), 3),
             "rows.token_label": labels,
             "rows.token_word": labels,
             "rows.t_vhd": np.where(labels == "object", 2.0, 1.0)[:, None],
-            "rows.object_item": np.repeat(["a", "b", "c"], 4),
+            "rows.object_group": np.repeat(["a", "b", "c"], 4),
+            "rows.object_index": np.tile(np.arange(1, 5), 3),
             "rows.object_map": np.ones((12, 1, 2), dtype=np.float32),
         }
     )
@@ -191,13 +201,6 @@ def test_no_difference_gives_an_interval_that_holds_one_half() -> None:
     assert missed <= 6
 
 
-def test_rank_correlation_equals_the_mean_over_pairs() -> None:
-    maps = np.random.default_rng(1).normal(size=(5, 2, 4))
-    pairs = [spearmanr(maps[i].ravel(), maps[j].ravel()).statistic for i in range(5) for j in range(i)]
-    assert _mean_rank_correlation(maps)[0] == pytest.approx(np.mean(pairs), abs=1e-12)
-    assert np.isnan(_mean_rank_correlation(maps[:1])[0])
-
-
 def test_labels_reach_their_tokens(llava: VLM, caption: Any) -> None:
     probe = HeadDivergence(n_resamples=20)
     table = pd.DataFrame({"token": [1], "word": ["dog"], "label": ["hallucinated"]})
@@ -207,12 +210,114 @@ def test_labels_reach_their_tokens(llava: VLM, caption: Any) -> None:
     assert (tokens["label"] == "").sum() == 5
 
 
+def test_other_contrasts_are_what_they_are_as_the_first(llava: VLM, caption: Any) -> None:
+    """A contrast beside the primary one gives the same map and selection as a probe of its own."""
+    several = HeadDivergence(contrasts=["zero", "noise"], n_resamples=20)
+    llava.measure(several, caption)
+    maps = several.result().tables["contrast_maps"]
+    for how in ("deleted", "zero", "noise"):
+        alone = HeadDivergence(contrast=how, n_resamples=20)  # type: ignore[arg-type]
+        llava.measure(alone, caption)
+        own, heads = maps[maps["contrast"] == how], alone.result().tables["heads"]
+        np.testing.assert_allclose(own["vhd"].to_numpy(), heads["vhd"].to_numpy(), rtol=1e-5)
+        np.testing.assert_array_equal(own["selected"].to_numpy(), heads["selected"].to_numpy())
+    assert not maps.loc[maps["contrast"] == "deleted", "changed"].any()
+
+
+def test_language_prior_equals_two_plain_forward_passes(llava: VLM, caption: Any) -> None:
+    from scipy.special import log_softmax, rel_entr
+
+    probe = HeadDivergence(language_prior=True, n_resamples=20)
+    llava.measure(probe, caption)
+    tokens = probe.result().tables["tokens"].set_index(["item", "token"])
+    prompts = {"a": ("<image> is there a dog ?", 0, [6, 7, 8, 9]), "b": ("<image> what ?", 1, [10, 11])}
+    for name, (prompt, row, words) in prompts.items():
+        batch = llava.encode(images=[caption.images[row]], prompts=[prompt]).with_continuation([words])
+        n = len(words)
+        own, free = (
+            log_softmax(llava.forward(one).logits[0, -n - 1 : -1].double().numpy(), axis=-1)
+            for one in (batch, batch.without_images())
+        )
+        for step, word in enumerate(words):
+            found = tokens.loc[(name, step)]
+            assert found["kl"] == pytest.approx(rel_entr(np.exp(own[step]), np.exp(free[step])).sum(), abs=1e-5)
+            assert found["log_p"] == pytest.approx(own[step, word], abs=1e-5)
+            assert found["log_p_image_free"] == pytest.approx(free[step, word], abs=1e-5)
+            assert (found["top"], found["top_image_free"]) == (own[step].argmax(), free[step].argmax())
+
+
+def test_a_model_that_cannot_see_says_the_same_without_the_image(image: Any, build_llava: Any) -> None:
+    vlm = plant(build_llava(num_hidden_layers=1, num_key_value_heads=4), seeing=[])
+    probe = HeadDivergence(contrast="zero", language_prior=True, n_resamples=20)
+    batch = vlm.encode(images=[image(0)], prompts=["<image> is there a dog ?"]).with_continuation([[6, 7, 8]])
+    vlm.measure(probe, batch)
+    prior = probe.result().tables["prior"].iloc[0]
+    assert prior["same"] == 1
+    assert prior["kl"] < 1e-6
+
+
+def test_planted_heads_are_the_causal_targets_and_their_controls_are_others(image: Any, build_llava: Any) -> None:
+    vlm = plant(build_llava(num_hidden_layers=1, num_key_value_heads=4), seeing=[1, 2])
+    probe = HeadDivergence(contrast="zero", top_heads=2, n_resamples=20)
+    batch = vlm.encode(images=[image(0), image(1)], prompts=["<image> is there a dog ?"] * 2)
+    vlm.measure(probe, batch.with_continuation([[6, 7], [8, 9]]))
+    zero, mean = probe.causal_targets(vlm.anatomy)
+    assert "zero" in zero.name
+    assert "mean" in mean.name
+    assert len(zero.controls) == len(mean.controls) == 5
+    changed = []
+    for edits_of in (zero.target, zero.controls[0], mean.target):
+        with vlm.trace(sites.z()) as trace:
+            vlm.forward(batch, edits=edits_of(batch))
+        changed.append(trace["z"][0])
+    assert changed[0][:, :, [1, 2]].abs().max() == 0  # the seeing heads, and no other head
+    assert changed[0][:, :, [0, 3]].abs().min() > 0
+    assert changed[1][:, :, [0, 3]].abs().max() == 0
+    assert changed[2][:, :, 1].std(dim=(0, 1)).max() == 0  # one constant at all positions
+    free, _ = (changed[0], changed[2])
+    assert not torch.equal(changed[2][:, :, 1], free[:, :, 1])
+
+
+def test_mean_ablation_puts_the_mean_over_the_measured_positions(llava: VLM, caption: Any) -> None:
+    probe = HeadDivergence(top_heads=1, n_resamples=20)
+    llava.measure(probe, caption)
+    with llava.trace(sites.z(positions="before_generated")) as trace:
+        llava.forward(caption)
+    real = trace.mask("z")
+    expected = trace["z"].stack()[:, real].mean(dim=1)
+    edit = probe.causal_targets(llava.anatomy)[1].target(caption)[0]
+    with llava.trace(sites.z(layers=[edit.layer])) as trace:
+        llava.forward(caption, edits=[edit])
+    table = probe.result().tables["heads"]
+    head = int(table.loc[table["vhd"].idxmax(), "head"])
+    torch.testing.assert_close(trace["z"][edit.layer][0, -1, head], expected[edit.layer, head], rtol=1e-5, atol=1e-6)
+
+
+def test_compare_joins_data_sets_and_is_silent_about_one(llava: VLM, caption: Any) -> None:
+    one, other = HeadDivergence(n_resamples=20), HeadDivergence(n_resamples=20)
+    llava.measure(one, caption)
+    answer = pd.DataFrame({"token": [0], "word": ["yes"], "label": ["correct"]})
+    llava.measure(other, caption, [answer, answer])
+    first = Part("m", "baseline", "captions")
+    assert HeadDivergence.compare({first: one}) is None
+    result = HeadDivergence.compare({first: one, Part("m", "baseline", "pope"): other})
+    assert result is not None
+    row = result.tables["points"].iloc[0]
+    assert (row["place"], row["other_place"]) == ("captions: first token", "pope: answer")
+    assert row["spearman"] == pytest.approx(1)  # the same batch
+    assert row["overlap"] == 1
+    # parts that differ in more than one thing are not compared
+    assert HeadDivergence.compare({first: one, Part("m", "vhr", "pope"): other}) is None
+
+
 def test_figures_are_drawn_from_the_tables(llava: VLM, caption: Any) -> None:
-    probe = HeadDivergence(n_resamples=20)
-    table = pd.DataFrame({"token": [0, 1], "word": ["dog", "cat"], "label": ["object", "hallucinated"]})
+    probe = HeadDivergence(contrasts=["zero"], language_prior=True, n_resamples=20)
+    table = pd.DataFrame({"token": [0, 1], "word": ["dog", "cat."], "label": ["object", "hallucinated"]})
     llava.measure(probe, caption, [table, table])
     result = probe.result()
     figures = result.figures()
-    assert set(figures) == {"head_map", "head_intervals", "t_vhd_histogram"}
+    assert set(figures) == set(FIGURES) - {"points"}
     drawn = np.asarray(figures["head_map"].axes[0].collections[0].get_array()).ravel()
     np.testing.assert_allclose(drawn, result.tables["heads"]["vhd"])
+    for drawing in FIGURES.values():
+        assert drawing.draw({}) is None

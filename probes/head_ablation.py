@@ -1,0 +1,81 @@
+"""The most vision-aware heads as something to intervene on, with random heads of the same layers beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from probes.head_agreement import top_heads
+from slitlamp.decoding.edits import scale_heads, set_heads
+from slitlamp.models import Batch
+from slitlamp.tracing import Edit
+from slitlamp.tracing.probe import CausalTarget, EditsOf
+
+N_DRAWS = 5
+Pairs = list[tuple[int, int]]
+
+
+def head_targets(
+    vhd: NDArray[np.float64],
+    layers: NDArray[Any],
+    means: NDArray[np.float64],
+    *,
+    k: int,
+    n_layers: int,
+    seed: int,
+    where: str,
+) -> list[CausalTarget]:
+    """The k heads with the largest VHD set to zero, and set to their mean, against random heads of the same layers.
+
+    Args:
+        vhd: [layer, head], mean VHD.
+        layers: [layer], their numbers.
+        means: [layer, head, d_head], mean outputs with the image, for mean ablation.
+        k: number of heads.
+        n_layers: of the model.
+        seed: of the random heads.
+        where: at which tokens VHD was measured, for the name.
+    """
+    chosen = top_heads(vhd.reshape(1, -1), k).reshape(vhd.shape)
+    rng = np.random.default_rng(seed)
+    controls = [_random(chosen, rng) for _ in range(N_DRAWS)]
+    whole = torch.zeros(n_layers, *means.shape[1:], dtype=torch.float32)
+    whole[torch.as_tensor(np.asarray(layers, dtype=np.int64))] = torch.as_tensor(means, dtype=torch.float32)
+
+    def pairs(mask: NDArray[np.bool_]) -> Pairs:
+        return [(int(layers[row]), int(head)) for row, head in np.argwhere(mask)]
+
+    def zeroed(mask: NDArray[np.bool_]) -> EditsOf:
+        heads = pairs(mask)
+
+        def edits(batch: Batch) -> list[Edit]:
+            return scale_heads(heads, 0.0)
+
+        return edits
+
+    def averaged(mask: NDArray[np.bool_]) -> EditsOf:
+        heads = pairs(mask)
+
+        def edits(batch: Batch) -> list[Edit]:
+            return set_heads(heads, whole)
+
+        return edits
+
+    name, control = f"the {k} heads with the largest VHD at {where}", f"{k} random other heads of the same layers"
+    return [
+        CausalTarget(f"{name} {what}", make(chosen), tuple(make(one) for one in controls), control)
+        for what, make in (("set to zero", zeroed), ("set to their mean", averaged))
+    ]
+
+
+def _random(chosen: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.bool_]:
+    """As many heads of each layer at random; others than the chosen ones where the layer has enough of them."""
+    drawn = np.zeros_like(chosen)
+    for row, picked in enumerate(chosen):
+        count = int(picked.sum())
+        others = np.flatnonzero(~picked)
+        drawn[row, rng.choice(others if len(others) >= count else len(picked), count, replace=False)] = True
+    return drawn
