@@ -23,9 +23,11 @@ def benchmark():
         import _contestants
         import _measure
         import _report
+        import linear_fits
     finally:
         sys.path.remove(str(BENCHMARKS))
-    return {"cases": _cases, "contestants": _contestants, "measure": _measure, "report": _report}
+    modules = {"cases": _cases, "contestants": _contestants, "measure": _measure, "report": _report}
+    return modules | {"linear_fits": linear_fits}
 
 
 @pytest.fixture(scope="module")
@@ -104,4 +106,24 @@ def test_promises_are_judged(benchmark):
     missed = benchmark["report"].judge(row | {"ratio": 1.11, "extra_bytes": 37_000_000})
     assert (missed["time_met"], missed["memory_met"]) == (False, False)
     lines = benchmark["report"].verdicts([met]) + benchmark["report"].verdicts([missed])
+    assert [line.split(":")[0] for line in lines] == ["reached", "reached", "MISSED", "MISSED"]
+
+
+def test_linear_fits_and_scikit_learn_solve_the_same_problems(benchmark, capsys):
+    """A small size through the whole script: equal AUROC at every fold and penalty; times are not judged here."""
+    module = benchmark["linear_fits"]
+    size = module.Size(layers=2, features=12, samples=300, strengths=(0.1, 10.0, 1e3))
+    outcome = module.compare(size, 2, 1)
+    assert len(outcome.rounds) == 2
+    assert max(outcome.differences) <= module.PROMISED_AUROC
+    page = module.markdown(outcome, size, 1)
+    assert "scikit-learn, extrapolated from one fold a round" in page
+    assert capsys.readouterr().out.count("round") == 2
+
+
+def test_linear_fits_are_judged(benchmark):
+    module = benchmark["linear_fits"]
+    fast = module.Outcome(rounds=[(1.0, 11.0)] * 5, differences=[0.004])
+    slow = module.Outcome(rounds=[(1.0, 9.0)] * 5, differences=[0.006])
+    lines = module.verdicts(fast) + module.verdicts(slow)
     assert [line.split(":")[0] for line in lines] == ["reached", "reached", "MISSED", "MISSED"]
