@@ -8,18 +8,20 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from slitlamp.reports import cls_outliers_panels as panels
 from slitlamp.reports.cls_outliers_maps import maps
 from slitlamp.reports.draw import is_narrow, legend_below
 from slitlamp.reports.drawing import Drawing, Tables
 from slitlamp.reports.style import (
-    BLUE,
     GREEN,
+    INK,
     TOKEN_COLOURS,
     TOKEN_MARKERS,
     TOKEN_NAMES,
     new_figure,
+    styled,
 )
 
 SHORT: Final = {
@@ -43,6 +45,7 @@ def _own_legend(figure: Figure, ax: Axes) -> None:
     legend_below(figure, [one for one, name in zip(handles, names, strict=True) if not name.startswith("_")])
 
 
+@styled
 def _overlap(tables: Tables, width: float) -> Figure | None:
     table = tables.get("overlap")
     if table is None:
@@ -59,6 +62,7 @@ def _overlap(tables: Tables, width: float) -> Figure | None:
     return figure
 
 
+@styled
 def _influence(tables: Tables, width: float) -> Figure | None:
     table, differences = tables.get("influence"), tables.get("influence_difference")
     if table is None:
@@ -73,7 +77,7 @@ def _influence(tables: Tables, width: float) -> Figure | None:
         panels.difference_points(differences[differences["features"]], axes[1])
         if not is_narrow(width):
             axes[1].set_yticklabels([])
-        handles += [_point(BLUE, "o", "within images"), _point(GREEN, "D", "between images", filled=False)]
+        handles += [_point(INK, "d", "within images"), _point(GREEN, "D", "between images", filled=False)]
     legend_below(figure, handles)
     return figure
 
@@ -83,6 +87,7 @@ def _point(colour: str, marker: str, name: str, *, filled: bool = True) -> Line2
     return Line2D([], [], linestyle="none", marker=marker, color=colour, markerfacecolor=face, label=name)
 
 
+@styled
 def _definitions(tables: Tables, width: float) -> Figure | None:
     outliers, agreement = tables.get("outliers"), tables.get("agreement")
     if outliers is None or agreement is None:
@@ -93,6 +98,7 @@ def _definitions(tables: Tables, width: float) -> Figure | None:
     return figure
 
 
+@styled
 def _norms(tables: Tables, width: float) -> Figure | None:
     table, histogram = tables.get("norms"), tables.get("norm_histogram")
     if table is None or histogram is None:
@@ -105,12 +111,18 @@ def _norms(tables: Tables, width: float) -> Figure | None:
         panels.norm_densities(bins, rows, densities)
         panels.norm_ratios(rows, ratios)
         densities.set_title(stream)
-        if len(rows) <= 8:
-            densities.legend(fontsize=7.5, handlelength=1.2)
-    axes[1].legend()
+    handles = list(axes[1].get_legend_handles_labels()[0])
+    shades, layers = axes[
+        0 if len(table[table["stream"] == "tower"]) * 2 > len(table) else 2
+    ].get_legend_handles_labels()
+    few = sorted({0, len(shades) // 2, len(shades) - 1})
+    for number in few:
+        handles.append(Line2D([], [], color=shades[number].get_edgecolor(), label=layers[number]))
+    legend_below(figure, handles)
     return figure
 
 
+@styled
 def _concentration(tables: Tables, width: float) -> Figure | None:
     table = tables.get("concentration")
     if table is None:
@@ -118,7 +130,7 @@ def _concentration(tables: Tables, width: float) -> Figure | None:
     figure = new_figure(width, 3.2)
     ax = figure.add_subplot()
     panels.concentration_lines(table, ax)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
     _own_legend(figure, ax)
     return figure
 
@@ -133,7 +145,7 @@ FIGURES: Final = {
         lambda tables: (
             f"Overlap H_i of the i image tokens first in the encoder's attention ({tables['overlap']['encoder'].iloc[0]}) and "
             f"the i first in the decoder's, over {_n(tables['overlap'])}, with 95 % intervals. Dashed: chance. Dotted orange: "
-            "the decoder's attention on the next image, which shows what is common to all images. DAMRO, section 3."
+            "the decoder's attention on the next image, which shows what is common to all images."
         ),
         _overlap,
     ),
@@ -141,7 +153,8 @@ FIGURES: Final = {
         "Does the decoder lean on the encoder's first tokens where it hallucinates?",
         lambda tables: (
             "F: share of the decoder's attention to image tokens that falls on the tokens first in the encoder's attention, at "
-            "object words, with 95 % intervals over images. Controls: as many random tokens, and as many others that get the most "
+            "object words, with 95 % intervals over images. Controls: as many random tokens, and as many others that get "
+            "the most "
             "similar attention at the end of the prompt. Dashed: chance, and no difference."
         ),
         _influence,

@@ -58,6 +58,7 @@ def _bare(ax: Axes) -> Axes:
     return ax
 
 
+@styled
 def maps(tables: Tables, width: float) -> Figure | None:
     """A row per item: the picture with outliers, the encoder's attention, the decoder's."""
     values, pixels = tables.get("maps"), tables.get("pictures")

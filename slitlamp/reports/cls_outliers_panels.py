@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import NDArray
 
 from slitlamp.reports.draw import category_axis, interval_point, reference_line
@@ -81,7 +84,7 @@ def influence_points(influence: pd.DataFrame, ax: Axes) -> Axes:
     reference_line(ax, float(influence["chance"].iloc[0]), "chance")
     category_axis(ax, names)
     ax.set_xlim(left=0)
-    ax.set_xlabel("F, share of the decoder's image attention")
+    ax.set_xlabel("F (share of attention)")
     return ax
 
 
@@ -89,7 +92,7 @@ def influence_points(influence: pd.DataFrame, ax: Axes) -> Axes:
 def difference_points(differences: pd.DataFrame, ax: Axes) -> Axes:
     """Hallucinated minus true objects, within images and between images."""
     kinds = ("influence", "matched", "random")
-    looks = {"within images": (BLUE, "o", True, -0.15), "between images": (GREEN, "D", False, 0.15)}
+    looks = {"within images": (INK, "d", True, -0.15), "between images": (GREEN, "D", False, 0.15)}
     for place, kind in enumerate(kinds):
         for how, (colour, marker, filled, shift) in looks.items():
             rows = differences[(differences["tokens"] == kind) & (differences["compared"] == how)]
@@ -130,7 +133,7 @@ def jaccard_points(agreement: pd.DataFrame, names: dict[str, str], ax: Axes) -> 
             ax.text(0.02, place, "one of them is empty", va="center", fontsize=8, color="#595959")
     category_axis(ax, labels)
     ax.set_xlim(0, 1)
-    ax.set_xlabel("Jaccard index (cross: chance)")
+    ax.set_xlabel("Jaccard (cross: chance)")
     return ax
 
 
@@ -152,7 +155,7 @@ def count_points(outliers: pd.DataFrame, names: dict[str, str], ax: Axes) -> Axe
         )
     category_axis(ax, [f"{names[str(row.definition)]} ({row.tokens:.1f} per image)" for row in outliers.itertuples()])
     ax.set_xlim(left=-0.005)
-    ax.set_xlabel("share of the decoder's attention (cross: of the tokens)")
+    ax.set_xlabel("attention held (cross: chance)")
     return ax
 
 
@@ -164,10 +167,11 @@ def norm_densities(histogram: pd.DataFrame, norms: pd.DataFrame, ax: Axes) -> Ax
     for shade, layer in zip(shades, layers, strict=True):
         rows = histogram[histogram["layer"] == layer]
         colour = (shade, shade, min(1.0, shade + 0.25))
-        ax.stairs(*_without_gaps(rows), color=colour, linewidth=1.3, label=f"layer {layer}")
+        ax.stairs(*_without_gaps(rows), color=colour, linewidth=1.3, label=f"layer {int(layer)}")
         valley = float(norms[norms["layer"] == layer]["valley"].iloc[0])
         reference_line(ax, valley, "valley" if np.isfinite(valley) else "")
-    ax.set_xscale("log")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.set_ylim(bottom=0)
     ax.set_xlabel("L2 norm of an image token")
     ax.set_ylabel("share of tokens")
@@ -191,18 +195,26 @@ def norm_ratios(norms: pd.DataFrame, ax: Axes) -> Axes:
 @styled
 def concentration_lines(table: pd.DataFrame, ax: Axes) -> Axes:
     """Share of the encoder's attention on the first patches and on objects, by layer, with chance and area."""
-    looks = [("top_share", "low", "high", VERMILLION, "s", "-", "first patches")]
+    looks: list[tuple[str, str, str, str, str, Any, str]] = [
+        ("top_share", "low", "high", VERMILLION, "s", "-", "first patches")
+    ]
     if table["on_objects"].notna().any():
         looks.append(("on_objects", "on_objects_low", "on_objects_high", BLUE, "o", (0, (6, 1.5)), "named objects"))
     for column, low, high, colour, marker, line, name in looks:
         ax.fill_between(table["layer"], table[low], table[high], color=colour, alpha=0.15, linewidth=0)
         ax.plot(table["layer"], table[column], color=colour, marker=marker, linestyle=line, label=f"on {name}")
-    reference_line(ax, float(table["chance"].iloc[0]), "share of patches", horizontal=True)
-    reference_line(ax, float(table["area"].iloc[0]), "area of objects", horizontal=True)
+    for column, line, name in (("chance", (0, (1, 1.5)), "as many patches"), ("area", (0, (4, 2)), "area of objects")):
+        if table[column].notna().any():
+            ax.axhline(float(table[column].iloc[0]), color=GREY, linewidth=1.2, linestyle=line, label=name)
     ax.set_ylim(0, 1)
     ax.set_xlabel("layer of the tower")
     ax.set_ylabel(f"share of {table['encoder'].iloc[0]}")
     return ax
+
+
+def _cross(ax: Axes, at: float, place: float) -> None:
+    """Where chance lies."""
+    ax.plot([at], [place], marker="x", color=GREY, linestyle="none", markeredgewidth=1.6, zorder=4, label="_chance")
 
 
 def _without_gaps(rows: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
@@ -212,4 +224,5 @@ def _without_gaps(rows: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
     place = np.rint(np.log(rows["from"] / first) / np.log(ratio)).astype(int).to_numpy()
     shares = np.zeros(place.max() + 1)
     shares[place] = rows["share"]
-    return shares, first * ratio ** np.arange(len(shares) + 1)
+    edges = np.asarray(first * ratio ** np.arange(len(shares) + 1), dtype=np.float64)
+    return shares, edges
