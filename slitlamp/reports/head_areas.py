@@ -26,13 +26,15 @@ def area_panel(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """AUROC by the number of heads that T-VHD sums, beside that of the place in the caption, with chance.
 
     Args:
-        table: columns k, auroc, low, high, and the same with adjusted_ and place_ in front.
+        table: columns k, auroc, low, high, and where known the same with adjusted_ and place_ in front.
         ax: where to draw; a new figure if None.
     """
-    need(table, "k", *(f"{prefix}{name}" for prefix in LOOKS for name in ("auroc", "low", "high")))
+    need(table, "k", "auroc", "low", "high")
     ax = axes_or_new(ax, height=2.6)
     for place, row in enumerate(table.to_dict("records")):
         for shift, (prefix, look) in zip((-0.2, 0.0, 0.2), LOOKS.items(), strict=True):
+            if f"{prefix}auroc" not in row:  # a run of an earlier version
+                continue
             one = Estimate(row[f"{prefix}auroc"], row[f"{prefix}low"], row[f"{prefix}high"])
             interval_point(ax, place + shift, one, look, horizontal=False)
     reference_line(ax, 0.5, horizontal=True, kind="chance")

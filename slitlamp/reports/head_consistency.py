@@ -67,8 +67,8 @@ SHORT = {
 def consistency(tables: Tables, width: float) -> Figure | None:
     """Agreement of the maps of heads between items, mentions and measuring points of one data set."""
     rows = tables.get("consistency")
-    if rows is None or not rows["spearman"].notna().any():
-        return None
+    if rows is None or "overlap" not in rows or not rows["spearman"].notna().any():
+        return None  # nothing, or a run of an earlier version, without intervals
     return _agreement(rows, [SHORT.get(str(one), str(one)) for one in rows["comparison"]], width)
 
 
