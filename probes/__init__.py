@@ -1,5 +1,6 @@
 """What you measure: one file per analysis."""
 
+from probes.attention_knockout import AttentionKnockout
 from probes.cls_outliers import ClsOutliers
 from probes.head_divergence import HeadDivergence
 from probes.implicit_alignment import ImplicitAlignment
@@ -7,4 +8,12 @@ from probes.subnetworks import Subnetworks
 from probes.token_ablation import TokenAblation
 from probes.token_ledger import TokenLedger
 
-__all__ = ["ClsOutliers", "HeadDivergence", "ImplicitAlignment", "Subnetworks", "TokenAblation", "TokenLedger"]
+__all__ = [
+    "AttentionKnockout",
+    "ClsOutliers",
+    "HeadDivergence",
+    "ImplicitAlignment",
+    "Subnetworks",
+    "TokenAblation",
+    "TokenLedger",
+]

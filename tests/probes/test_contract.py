@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from probes import ClsOutliers, HeadDivergence, ImplicitAlignment, Subnetworks, TokenAblation, TokenLedger
+from probes import AttentionKnockout, ClsOutliers, HeadDivergence, ImplicitAlignment, Subnetworks, TokenAblation, TokenLedger
 from slitlamp.errors import InputError
 from slitlamp.models import Batch
 from slitlamp.tracing import Probe
@@ -44,6 +44,7 @@ class Case:
 
 HEADS = ("heads", "vhd")
 PROBES: dict[str, Case] = {
+    "AttentionKnockout": Case(lambda: AttentionKnockout(n_resamples=50), ("effects", "change"), half=0.5),
     "TokenAblation": Case(
         lambda: TokenAblation(n_resamples=50, top_k=3, n_random=1, n_shifted=1), ("effects", "change"), half=0.5
     ),

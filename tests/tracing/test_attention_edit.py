@@ -188,7 +188,8 @@ def test_a_row_without_any_key_is_refused_by_name(implementation: str) -> None:
     match = f"layer 2 leaves position {batch.length - 1} of item 'second' nothing to attend to"
     with pytest.raises(InputError, match=match):
         vlm.forward(batch, edits=[AttentionEdit(2, all_keys, "last")])
-    assert not _observers and not _held
+    assert not _observers
+    assert not _held
     assert torch.isfinite(vlm.forward(batch).logits).all()
 
 
@@ -231,7 +232,8 @@ def test_the_model_is_as_before_after_an_error_in_an_edit(llava: VLM) -> None:
 
     with pytest.raises(RuntimeError, match="mine"):
         llava.forward(batch, edits=[AttentionEdit(1, fail)])
-    assert not _observers and not _held
+    assert not _observers
+    assert not _held
     assert torch.equal(llava.forward(batch).logits, before)
 
 
@@ -264,7 +266,8 @@ def test_gradients_pass_through_edited_rows(llava: VLM) -> None:
     for row in range(2):
         image = batch.image_mask[row][batch.real_mask[row]]
         packed[row, : len(image)] = image
-    assert plain.gradients is not None and cut.gradients is not None
+    assert plain.gradients is not None
+    assert cut.gradients is not None
     assert (plain.gradients["v"][2][packed] != 0).any()
     assert not (cut.gradients["v"][2][packed] != 0).any()
     assert torch.isfinite(cut.gradients["v"][2]).all()

@@ -1,0 +1,217 @@
+"""Attention knockout by hand, against a mask in the model's own eager attention, on a planted way, and without one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from planted_flow import asked, planted_llava
+
+from probes import AttentionKnockout
+from probes.knockout_flows import (
+    default_window,
+    measured_tokens,
+    of_flow,
+    random_pairs,
+    up_to,
+    window_of,
+)
+from slitlamp.errors import InputError, UnknownNameError
+from slitlamp.tracing import sites
+from slitlamp.vlm import VLM
+
+
+def test_windows() -> None:
+    assert [default_window(n) for n in (1, 2, 3, 6, 12, 18, 32, 40)] == [1, 1, 1, 3, 5, 9, 9, 9]
+    assert window_of(0, 3, 6) == [0, 1]
+    assert window_of(3, 3, 6) == [2, 3, 4]
+    assert window_of(5, 9, 6) == [1, 2, 3, 4, 5]
+
+
+def test_what_is_measured(llava: VLM, image: Any) -> None:
+    batch = llava.encode([image(0)] * 5, ["<image> what ?"] * 5).with_continuation([[6, 7], [8], [9, 10, 11], [6], []])
+    tables: list[pd.DataFrame | None] = [
+        pd.DataFrame({"token": [0], "word": ["yes"], "label": ["correct"]}),
+        pd.DataFrame({"token": [0], "word": ["no"], "label": ["wrong"]}),
+        pd.DataFrame({"token": [0, 1, 2], "word": ["a", "cat", "dog"], "label": ["other", "hallucinated", "object"]}),
+        None,
+        None,
+    ]
+    tokens = measured_tokens(batch, tables)
+    assert tokens == [0, None, 2, 0, None]
+    short = up_to(batch, tokens)
+    assert short.n_generated == (0, 0, 2, 0, 0)
+    assert short.input_ids[2, -2:].tolist() == [9, 10]
+
+
+def test_positions_of_the_flows(llava: VLM, image: Any) -> None:
+    """<s> is it <image> a dog ? | yes it: the question is what follows the image, without the position that predicts."""
+    batch = llava.encode([image(0)], ["is it <image> a dog ?"])
+    question, images = of_flow(batch, "image_to_question")
+    assert question[0].nonzero()[:, 0].tolist() == [19, 20]
+    assert images[0].nonzero()[:, 0].tolist() == list(range(3, 19))
+    last, of = of_flow(batch, "question_to_last")
+    assert last[0].nonzero()[:, 0].tolist() == [21]
+    assert torch.equal(of, question)
+    longer = batch.with_continuation([[6, 7]])
+    assert of_flow(longer, "image_to_generated")[0][0].nonzero()[:, 0].tolist() == [22]
+    assert of_flow(longer, "image_to_last")[0][0].nonzero()[:, 0].tolist() == [23]
+    assert of_flow(longer, "image_to_question")[0][0].nonzero()[:, 0].tolist() == [19, 20, 21]
+
+
+def test_random_pairs_are_as_many_and_not_of_the_flow(llava: VLM, image: Any) -> None:
+    prompts = ["<image> is there a dog ?", "<image> what ?"]
+    batch = llava.encode([image(0)] * 2, prompts, ids=["a", "b"])
+    queries, keys = of_flow(batch, "image_to_question")
+    pairs = random_pairs(batch, queries, keys, seed=3)
+    counts = (queries.sum(dim=1) * keys.sum(dim=1)).tolist()
+    assert pairs.valid.sum(dim=1).tolist() == counts
+    for row in range(2):
+        query, key = pairs.query[row][pairs.valid[row]], pairs.key[row][pairs.valid[row]]
+        assert (key < query).all()
+        assert batch.real_mask[row][key].all()
+        assert not (queries[row][query] & keys[row][key]).any()
+        assert len(set(zip(query.tolist(), key.tolist(), strict=True))) == counts[row]
+    alone = llava.encode([image(0)], prompts[1:], ids=["b"])
+    again = random_pairs(alone, *of_flow(alone, "image_to_question"), seed=3)
+    padding = batch.length - alone.length
+    assert torch.equal(again.query[0] + padding, pairs.query[1][pairs.valid[1]])
+    other = random_pairs(batch, queries, keys, seed=4)
+    assert not torch.equal(other.query, pairs.query)
+
+
+def test_equal_to_masks_in_the_models_own_eager_attention(llava: VLM, image: Any) -> None:
+    """p of the answer again from unpadded runs of a copy under eager attention, with -inf written into its masks."""
+    batch = llava.encode(
+        [image(0), image(1)], ["<image> is there a dog ?", "<image> what is in the image ?"], ids=["a", "b"]
+    ).with_continuation([[6, 7], [8]])
+    probe = AttentionKnockout(n_resamples=20, window=3)
+    llava.measure(probe, batch)
+    model: Any = copy.deepcopy(llava.model)
+    model.set_attn_implementation("eager")
+    answers = {0: 6, 1: 8}
+
+    def p(row: int, layers: list[int], flow: str | None) -> float:
+        prompt = ["<image> is there a dog ?", "<image> what is in the image ?"][row]
+        one = llava.encode([batch.images[row][0]], [prompt])
+        handles = []
+        if flow is not None:
+            queries, keys = of_flow(one, flow)
+            bias = torch.zeros(1, 1, one.length, one.length)
+            bias[0, 0][queries[0][:, None] & keys[0]] = -torch.inf
+
+            def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+                return args, {**kwargs, "attention_mask": kwargs["attention_mask"] + bias}
+
+            for layer in layers:
+                module = model.get_submodule(llava.anatomy.attention(layer))
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        with torch.no_grad():
+            logits = model(**one.inputs()).logits[0, -1]
+        for handle in handles:
+            handle.remove()
+        return float(logits.double().softmax(dim=-1)[answers[row]])
+
+    for found in probe.result().tables["effects"].itertuples():
+        layers = window_of(found.layer, 3, 3)
+        changes = [p(row, layers, found.flow) / p(row, [], None) - 1 for row in (0, 1)]
+        assert found.change == pytest.approx(np.mean(changes), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def planted() -> AttentionKnockout:
+    vlm = planted_llava(layer=1)
+    probe = AttentionKnockout(n_resamples=200)
+    for start in (0, 6):
+        vlm.measure(probe, *asked(vlm, [(start + i) % 3 != 0 for i in range(6)]))
+    return probe
+
+
+def test_the_layer_and_the_flow_that_carry_the_answer_are_found(planted: AttentionKnockout) -> None:
+    result = planted.result()
+    table = result.tables["effects"].set_index(["flow", "layer"])
+    # 8 of 12 answers are "yes"; without what was read their probability falls from .98 to .05, that of "no" stays
+    assert table.loc[("image_to_last", 1), "change_high"] < -0.3
+    assert table.loc[("image_to_last", 1), "p_adjusted"] < 0.05
+    others = table.drop(("image_to_last", 1))
+    assert others["change"].abs().max() < 0.05  # uniform attention: other keys cut make those of the image heavier
+    assert (others["p_adjusted"] > 0.05).all()
+    assert table.loc[("image_to_last", 1), "control"] > -0.2  # random pairs meet the way now and then
+    assert (table.drop(index=1, level="layer")[["change", "control"]] == 0).all(axis=None)
+    assert "image to last in layers 1 to 1" in result.summary
+
+
+def test_the_finding_is_given_as_edits_with_controls(planted: AttentionKnockout) -> None:
+    vlm = planted_llava(layer=1)
+    (target,) = planted.causal_targets(vlm.anatomy)
+    assert len(target.controls) == 5
+    batch, _ = asked(vlm, [True, True, False])
+    with vlm.trace(sites.logits("before_generated")) as plain:
+        vlm.forward(batch)
+    changes = []
+    for edits in (target.target, *target.controls):
+        with vlm.trace(sites.logits("before_generated")) as trace:
+            vlm.forward(batch, edits=edits(batch))
+        changes.append(float((trace["logits"][0] - plain["logits"][0]).abs().max()))
+    assert changes[0] > 5 * max(changes[1:])
+
+
+def test_no_image_no_effect() -> None:
+    """The null: an answer that does not depend on the image changes by nothing, exactly, wherever the image is cut off."""
+    vlm = planted_llava(reads_image=False)
+    probe = AttentionKnockout(n_resamples=200)
+    vlm.measure(probe, *asked(vlm, [i % 2 == 0 for i in range(6)]))
+    table = probe.result().tables["effects"]
+    assert (table["n_items"] == 3).all()
+    assert table[["change", "control"]].abs().max(axis=None) < 1e-9
+
+
+def test_random_weights_give_as_many_findings_as_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Effects that are noise around the control's: over 60 data sets the share with any finding is about .05."""
+    probe = AttentionKnockout(n_resamples=400)
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(60):
+        fresh = AttentionKnockout(n_resamples=400)
+        fresh._constants(centre=np.arange(3), window=np.stack([np.arange(3)] * 2, axis=1))
+        fresh._rows(
+            item=np.array([f"i{i}" for i in range(40)]),
+            p_base=np.full(40, 0.9),
+            changes=rng.normal(0, 5, (40, 2, len(probe.flows), 3)),
+            present=np.ones((40, 3), dtype=bool),
+            left_out=np.array([0]),
+        )
+        found += (fresh.result().tables["effects"]["p_adjusted"] < 0.05).any()
+    assert (
+        found <= 10
+    )  # a binomial of 60 and .05 exceeds 8 with p = .004; the bootstrap of 40 items is a little liberal
+
+
+def test_wrong_answers_are_left_out(llava: VLM) -> None:
+    vlm = planted_llava()
+    probe = AttentionKnockout(n_resamples=20)
+    vlm.measure(probe, *asked(vlm, [True, True, True], right=[True, False, True]))
+    result = probe.result()
+    assert result.tables["items"]["item"].tolist() == ["item0", "item2"]
+    assert "1 left out" in result.summary
+    none = AttentionKnockout(n_resamples=20)
+    vlm.measure(none, *asked(vlm, [True], right=[False]))
+    with pytest.raises(InputError, match="found none"):
+        none.result()
+
+
+def test_parameters_are_checked(llava: VLM) -> None:
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"flows": ["image_to_lst"]}, UnknownNameError, "image_to_last"),
+        ({"flows": []}, InputError, "flows must be"),
+        ({"window": 2}, InputError, "odd number of layers"),
+        ({"layers": [3]}, InputError, "some of 0 to 2"),
+        ({"layers": []}, InputError, "some of 0 to 2"),
+    ]
+    for parameters, error, match in cases:
+        with pytest.raises(error, match=match):
+            AttentionKnockout(**parameters).sites(llava.anatomy)
