@@ -112,12 +112,9 @@ def _norms(tables: Tables, width: float) -> Figure | None:
         panels.norm_ratios(rows, ratios)
         densities.set_title(stream)
     handles = list(axes[1].get_legend_handles_labels()[0])
-    shades, layers = axes[
-        0 if len(table[table["stream"] == "tower"]) * 2 > len(table) else 2
-    ].get_legend_handles_labels()
-    few = sorted({0, len(shades) // 2, len(shades) - 1})
-    for number in few:
-        handles.append(Line2D([], [], color=shades[number].get_edgecolor(), label=layers[number]))
+    shades = axes[0].get_legend_handles_labels()[0]
+    for number, name in {0: "first layer", len(shades) // 2: "middle layer", len(shades) - 1: "last layer"}.items():
+        handles.append(Line2D([], [], color=shades[number].get_edgecolor(), label=name))
     legend_below(figure, handles)
     return figure
 
