@@ -58,6 +58,7 @@ def combined_scores(
     states: NDArray[Any] | None,
     false: NDArray[np.bool_],
     groups: NDArray[Any],
+    folds: Folds,
     *,
     n_folds: int,
     seed: int,
@@ -69,17 +70,14 @@ def combined_scores(
     fold from the training images alone: by folds within them for the training tokens, by a fit on all of them for the
     held-out ones. Without that, labels of the held-out tokens would reach the combination through the probe.
     """
-    folds = folds_of(false, groups, n_folds, seed)
     scores = np.full(len(false), np.nan)
-    if folds is None:
-        return scores
     for test in folds.test.numpy():
         train, x = ~test, columns
         if states is not None:
-            probe = np.zeros(len(false))
             inner = out_of_fold(states[train], false[train], groups[train], n_folds=n_folds, seed=seed, penalty=penalty)
+            probe = _scores(states, false, train, penalty)
             probe[train] = inner
-            probe[test] = _scores(states, false, train, penalty)[test]
+            # too few images to cross-validate within: the combination goes without the probe
             x = columns if np.isnan(inner).any() else np.column_stack([columns, probe])
         scores[test] = _scores(x, false, train, 1.0)[test]
     return scores
@@ -88,7 +86,7 @@ def combined_scores(
 def _scores(x: NDArray[Any], false: NDArray[np.bool_], train: NDArray[np.bool_], penalty: float) -> FloatArray:
     features = torch.tensor(x, dtype=torch.float64)
     fit = fit_logistic(features, torch.tensor(false), torch.tensor(train)[None], strengths=[penalty])
-    return np.asarray(fit.scores(features)[0, 0, 0].numpy(), dtype=np.float64)
+    return np.array(fit.scores(features)[0, 0, 0].numpy(), dtype=np.float64)
 
 
 def combination_table(
@@ -109,6 +107,9 @@ def combination_table(
     """
     false = ledger["label"].isin(FALSE).to_numpy()
     groups = ledger["image"].to_numpy(dtype=str)
+    folds = folds_of(false, groups, n_folds, detection.seed)
+    if folds is None:
+        return pd.DataFrame(), np.full(len(ledger), np.nan)
     scores: dict[str, FloatArray] = {}
     sizes: dict[str, int] = {}
     for name, families in COMBINATIONS.items():
@@ -118,7 +119,7 @@ def combination_table(
         if len(mine) < 2:
             continue
         found = combined_scores(
-            ledger[plain].to_numpy(dtype=np.float64), own_states, false, groups,
+            ledger[plain].to_numpy(dtype=np.float64), own_states, false, groups, folds,
             n_folds=n_folds, seed=detection.seed, penalty=penalty,
         )  # fmt: skip
         if np.isfinite(found).all():

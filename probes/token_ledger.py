@@ -68,6 +68,8 @@ class TokenLedger(GatheringProbe):
             raise InputError(f"top_k and n_outliers must be 1 or more, found {self.top_k} and {self.n_outliers}")
         if not 0 <= self.noise_step < 1000:
             raise InputError(f"noise_step must be 0 to 999, found {self.noise_step}")
+        if not 0 < self.penalty < float("inf"):
+            raise InputError(f"penalty must be positive, found {self.penalty}")
         if not 0 < self.fpr < 1:
             raise InputError(f"fpr must lie between 0 and 1, found {self.fpr}")
         if self.n_folds < 2:

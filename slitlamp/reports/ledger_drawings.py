@@ -92,7 +92,7 @@ def ranking_panel(rows: pd.DataFrame, ax: Axes | None = None, *, names: Sequence
     reference_line(ax, 0.5, "chance", kind="chance")
     category_axis(ax, row_names(rows) if names is None else list(names))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-    ax.set_xlabel("AUROC, hallucinated against true objects")
+    ax.set_xlabel("AUROC, hallucinated or true object", loc="right")
     return ax
 
 
@@ -116,7 +116,7 @@ def sensitivity_panel(rows: pd.DataFrame, ax: Axes | None = None, *, names: Sequ
     category_axis(ax, row_names(rows) if names is None else list(names) or [""] * len(rows))
     ax.set_xlim(left=-0.01)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
-    ax.set_xlabel(f"found at {100 * rate:g} % false alarms")
+    ax.set_xlabel(f"found at {100 * rate:g} % false alarms", loc="right")
     return ax
 
 
@@ -143,7 +143,7 @@ def family_handles(rows: pd.DataFrame) -> list[Line2D]:
         handles.append(
             Line2D(
                 [], [], color=GREY, marker="o", markerfacecolor="white", linewidth=1.1, markersize=5.5,
-                label="hollow: position and frequency held fixed",
+                label="position, frequency held fixed",
             )
         )  # fmt: skip
     return handles
@@ -195,7 +195,7 @@ def roc_panel(ledger: pd.DataFrame, rows: pd.DataFrame, ax: Axes | None = None, 
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{100 * value:g} %"))
-    ax.set_xlabel("true objects flagged (false positive rate, log scale)")
+    ax.set_xlabel("true objects flagged (false positive rate)")
     ax.set_ylabel("hallucinated objects found")
     return ax
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
@@ -73,17 +75,25 @@ def redundancy_panel(
             ax.text(column, row, number(value, 1), ha="center", va="center", fontsize=6.5, color=ink)
         elif not clear[row + 1, column]:
             ax.plot([column], [row], marker=".", markersize=2, color=GREY, label="_unclear")
-    ax.set_xticks(range(len(names) - 1), [titles[name] for name in names[:-1]], rotation=90)
-    ax.set_yticks(range(len(names) - 1), [titles[name] for name in names[1:]])
+    columns, lines = [titles[name] for name in names[:-1]], [titles[name] for name in names[1:]]
+    if not annotate:  # no room for every name twice
+        columns = [str(place) for place in range(1, len(names))]
+        lines = [f"{title}  {place}" for place, title in enumerate(lines, start=2)]
+    ax.set_xticks(range(len(names) - 1), columns, rotation=90 if annotate else 0)
+    ax.set_yticks(range(len(names) - 1), lines)
     ax.tick_params(length=0, labelsize=8 if annotate else 7)
+    if not annotate:
+        ax.tick_params(axis="x", labelsize=5.5)
+        ax.set_xlabel(f"1: {titles[names[0]]}", fontsize=7.5, loc="left")
     ax.set_xticks(np.arange(-0.5, len(names) - 1), minor=True)
     ax.set_yticks(np.arange(-0.5, len(names) - 1), minor=True)
     ax.grid(which="minor", color="white", linewidth=0.8)
     ax.tick_params(which="minor", length=0)
     ax.spines[:].set_visible(False)
-    corner = ax.inset_axes((0.62, 0.93, 0.36, 0.03))  # the upper triangle is empty
+    corner = ax.inset_axes((0.55, 0.93, 0.36, 0.03))  # the upper triangle is empty
     bar = ax.figure.colorbar(image, cax=corner, orientation="horizontal", ticks=[-1, 0, 1])
-    bar.set_label("Spearman correlation")
+    bar.set_label("Spearman correlation" if annotate else "Spearman", fontsize=9 if annotate else 7)
+    corner.tick_params(labelsize=8 if annotate else 7)
     bar.outline.set_visible(False)
     return ax
 
@@ -128,8 +138,11 @@ def strip_panel(
                 ax.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=ink)
     false = words["label"].isin(FALSE).to_numpy()
     labels = [f"{word} ✗" if wrong else str(word) for word, wrong in zip(words["word"], false, strict=True)]
-    ax.set_xticks(range(len(words)), labels, rotation=35, ha="left", rotation_mode="anchor")
+    ax.set_xticks(range(len(words)), labels, rotation=35 if annotate else 90, ha="left" if annotate else "center")
     ax.xaxis.tick_top()
+    if annotate:
+        for label in ax.get_xticklabels():
+            label.set_rotation_mode("anchor")
     for label, wrong in zip(ax.get_xticklabels(), false, strict=True):
         label.set_color(TOKEN_COLOURS["hallucinated" if wrong else "object"])
         label.set_fontweight("bold" if wrong else "normal")
@@ -139,8 +152,10 @@ def strip_panel(
     ax.grid(which="minor", color="white", linewidth=1.2)
     ax.tick_params(which="both", length=0)
     ax.spines[:].set_visible(False)
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.6, pad=0.02, aspect=18, ticks=[0, 0.5, 1])
-    bar.ax.set_yticklabels(["0", "50", "100"])
-    bar.set_label("percentile towards hallucination")
+    where: dict[str, Any] = {"shrink": 0.6, "pad": 0.02} if annotate else {"location": "bottom", "pad": 0.02}
+    bar = ax.figure.colorbar(
+        image, ax=ax, aspect=18, ticks=[0, 0.5, 1], format=lambda value, place: f"{100 * value:.0f}", **where
+    )
+    bar.set_label("percentile towards hallucination", loc="center" if annotate else "right")
     bar.outline.set_visible(False)
     return ax

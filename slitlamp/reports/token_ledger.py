@@ -68,7 +68,7 @@ def _redundancy(tables: Tables, width: float) -> Figure | None:
     if redundancy is None or ranking is None:
         return None
     narrow = is_narrow(width)
-    figure = new_figure(width, width * (1.25 if narrow else 0.86))
+    figure = new_figure(width, width * (0.8 if narrow else 0.86))
     maps.redundancy_panel(redundancy, _signs(ranking), figure.add_subplot(), annotate=not narrow)
     return figure
 
@@ -117,7 +117,7 @@ def _strip(tables: Tables, width: float) -> Figure | None:
         return None
     shown = rows[((rows["family"] != "together") | (rows["signal"] == "combined")) & (rows["family"] != "null")]
     shown = shown[[bool(ledger[name].notna().any()) for name in shown["signal"]]]
-    figure = new_figure(width, 1.5 + 0.24 * len(shown))
+    figure = new_figure(width, (2.4 if is_narrow(width) else 1.5) + 0.24 * len(shown))
     maps.strip_panel(ledger, maps.telling_item(ledger), shown, figure.add_subplot(), annotate=not is_narrow(width))
     return figure
 
@@ -148,7 +148,7 @@ def _comparison(tables: Tables, width: float) -> Figure | None:
         panel.axhspan(place - 0.5, place + 0.5, color="#f6f6f6", linewidth=0, zorder=0, label="_band")
     reference_line(panel, 0.5, "chance", kind="chance")
     category_axis(panel, [titles[name] for name in order])
-    panel.set_xlabel("AUROC, hallucinated against true objects")
+    panel.set_xlabel("AUROC, hallucinated or true object", loc="right")
     short = short_names(names, 34)
     legend_below(figure, [_handle(looks[name], short[name]) for name in names])
     return figure
