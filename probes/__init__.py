@@ -1,5 +1,6 @@
 """What you measure: one file per analysis."""
 
+from probes.activation_patching import ActivationPatching
 from probes.attention_knockout import AttentionKnockout
 from probes.cls_outliers import ClsOutliers
 from probes.head_divergence import HeadDivergence
@@ -7,8 +8,10 @@ from probes.implicit_alignment import ImplicitAlignment
 from probes.subnetworks import Subnetworks
 from probes.token_ablation import TokenAblation
 from probes.token_ledger import TokenLedger
+from probes.truthful_direction import TruthfulDirection
 
 __all__ = [
+    "ActivationPatching",
     "AttentionKnockout",
     "ClsOutliers",
     "HeadDivergence",
@@ -16,4 +19,5 @@ __all__ = [
     "Subnetworks",
     "TokenAblation",
     "TokenLedger",
+    "TruthfulDirection",
 ]

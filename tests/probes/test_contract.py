@@ -16,7 +16,17 @@ import pandas as pd
 import pytest
 import torch
 
-from probes import AttentionKnockout, ClsOutliers, HeadDivergence, ImplicitAlignment, Subnetworks, TokenAblation, TokenLedger
+from probes import (
+    ActivationPatching,
+    AttentionKnockout,
+    ClsOutliers,
+    HeadDivergence,
+    ImplicitAlignment,
+    Subnetworks,
+    TokenAblation,
+    TokenLedger,
+    TruthfulDirection,
+)
 from slitlamp.errors import InputError
 from slitlamp.models import Batch
 from slitlamp.tracing import Probe
@@ -44,6 +54,16 @@ class Case:
 
 HEADS = ("heads", "vhd")
 PROBES: dict[str, Case] = {
+    "ActivationPatching": Case(
+        lambda: ActivationPatching(n_resamples=50, layers=[1], directions=["denoising"], min_difference=0.1),
+        ("positions", "effect"),
+        half=0.5,
+    ),
+    "ActivationPatching attribution": Case(
+        lambda: ActivationPatching(n_resamples=50, method="attribution", corrupt="mean", min_difference=0.1),
+        ("attribution", "effect"),
+        half=0.5,
+    ),
     "AttentionKnockout": Case(lambda: AttentionKnockout(n_resamples=50), ("effects", "change"), half=0.5),
     "TokenAblation": Case(
         lambda: TokenAblation(n_resamples=50, top_k=3, n_random=1, n_shifted=1), ("effects", "change"), half=0.5
@@ -57,7 +77,9 @@ PROBES: dict[str, Case] = {
     "HeadDivergence mean": Case(lambda: HeadDivergence(contrast="mean", n_resamples=50), HEADS),
     "HeadDivergence noise": Case(lambda: HeadDivergence(contrast="noise", n_resamples=50), HEADS),
     "HeadDivergence prior": Case(
-        lambda: HeadDivergence(contrasts=["zero", "noise"], language_prior=True, n_resamples=50), ("prior", "kl"), half=0.2
+        lambda: HeadDivergence(contrasts=["zero", "noise"], language_prior=True, n_resamples=50),
+        ("prior", "kl"),
+        half=0.2,
     ),
     # t-SNE is chaotic: it makes a rounding difference visible
     "ImplicitAlignment": Case(lambda: ImplicitAlignment(n_resamples=50, embedding="pca"), ("similarity", "value")),
@@ -69,6 +91,14 @@ PROBES: dict[str, Case] = {
     ),
     "Subnetworks": Case(Subnetworks, ("iou", "iou")),
     "TokenLedger": Case(lambda: TokenLedger(n_resamples=50), ("ledger", "t_vhd")),
+    "TruthfulDirection": Case(
+        lambda: TruthfulDirection(n_resamples=50, mlp_epochs=1, mlp_widths=[4, 4], n_controls=1),
+        ("mentions", "neg_log_p"),
+    ),
+    "TruthfulDirection at": Case(
+        lambda: TruthfulDirection(position="at", layers=[0, 2], dtype="float16", methods=["logistic"], n_resamples=50),
+        ("mentions", "neg_log_p"),
+    ),
 }
 PROMPTS = ["<image> is there a dog ?", "<image> what is in the image and where is it ?", "describe this <image> ."]
 WORDS = [3, 6, 1]
