@@ -113,7 +113,7 @@ def joint_table(
 
 
 def compare_sets(probe: str, sets: Sequence[Named], sparsities: Sequence[float]) -> ProbeResult:
-    """Tables `tasks`, `tasks_by_kind` and `alpha_subnet` of the sets of tokens of several measurements.
+    """Tables `tasks`, `tasks_by_kind` and `joint_subnet` of the sets of tokens of several measurements.
 
     Sets of models whose linear maps differ in number or shape are not compared with each other.
     """
@@ -145,7 +145,7 @@ def compare_sets(probe: str, sets: Sequence[Named], sparsities: Sequence[float])
         for number, (home, group) in enumerate(zip(homes, groups, strict=True)):
             table = joint_table(found.joint[:, number], every, sizes_of(group), sparsities, len(group))
             joints.append(_beside(table, {"model": home[0], "condition": home[1]}))
-    parts = {"tasks": tasks, "tasks_by_kind": kinds, "alpha_subnet": joints}
+    parts = {"tasks": tasks, "tasks_by_kind": kinds, "joint_subnet": joints}
     tables = {name: pd.concat(some, ignore_index=True) for name, some in parts.items() if some}
     return ProbeResult(name=probe, tables=tables, summary=_compare_summary(tables))
 

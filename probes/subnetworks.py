@@ -98,9 +98,9 @@ class Subnetworks(GatheringProbe):
         for label in trace.sites:
             site, kind = label.split()
             layers = trace[label].layers
-            self._constants(**{f"layers.{site}": np.array(layers)})
-            if not layers:
+            if not layers:  # no row of this batch has such tokens
                 continue
+            self._constants(**{f"layers.{site}": np.array(layers)})
             real = trace.mask(label)
             rows = torch.stack([_squares(trace[label][layer], real).cpu() for layer in layers], dim=1).double()
             self._sums(**{f"tokens.{kind}.{site}": real.sum().cpu().numpy()})
@@ -201,7 +201,7 @@ class Subnetworks(GatheringProbe):
 
     @classmethod
     def compare(cls, parts: Mapping[Part, Probe], scores: pd.DataFrame | None = None) -> ProbeResult | None:
-        """Tables `tasks` (IoU of pairs of sets of tokens), `tasks_by_kind` (their means) and `alpha_subnet` (of all of a model).
+        """Tables `tasks` (IoU of pairs of sets of tokens), `tasks_by_kind` (their means) and `joint_subnet` (of all of a model).
 
         Pairs are: any two sets of tokens of one model and condition; the same tokens under two conditions; the same tokens in
         two models whose linear maps have the same shapes (checkpoints, or tunings, of one model: in models trained apart the
