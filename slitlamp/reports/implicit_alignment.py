@@ -308,7 +308,7 @@ FIGURES: Final = {
         "Inside the blocks (IMA, figure 8)",
         lambda tables: (
             f"Seven taps of every block, {_n(tables['inside'])}: median token norm, cosine of a token with itself at the same "
-            "tap of the next block, and cosine of mean-pooled image and text tokens over the grid of pairs; 95 % intervals. A tap "
+            "tap of the next block, and cosine of mean-pooled image and text tokens over all pairs; 95 % intervals. A tap "
             "that is missing does not exist in this family."
         ),
         _inside,
