@@ -12,7 +12,7 @@ from typing import Final
 from matplotlib.figure import Figure
 
 from slitlamp.errors import InputError, unknown
-from slitlamp.reports import compose, findings, notes, probe_findings, probe_sections
+from slitlamp.reports import compose, findings, head_layers, notes, probe_findings, probe_sections
 from slitlamp.reports.data import RunData
 from slitlamp.reports.drawing import Drawing
 from slitlamp.reports.style import WIDE, style
@@ -61,12 +61,25 @@ FIGURES: Final[dict[str, RunFigure]] = {
 }
 """The figures of scores and head divergence, in the order of the report; those of probes are found in the run."""
 
+SWEEPS: Final[dict[str, RunFigure]] = {
+    "reinforced_layers": RunFigure(
+        "How many layers to reinforce",
+        head_layers.reinforced_layers,
+        head_layers.reinforced_layers_note,
+        lambda data: [],
+    ),
+    "generation_time": RunFigure(
+        "What each condition costs", head_layers.generation_time, head_layers.generation_time_note, lambda data: []
+    ),
+}
+"""Figures of runs whose conditions are of a certain form; other runs do not lack them."""
+
 
 def run_figures(data: RunData) -> dict[str, RunFigure]:
     """Every figure that a run can have, in the order of the report: the token ledger first, other probes last."""
     declared = {name: _declared(*one) for name, one in probe_sections.declared(data).items()}
     first = {name: one for name, one in declared.items() if name.startswith(probe_sections.FIRST)}
-    return {**first, **FIGURES, **declared}
+    return {**first, **FIGURES, **SWEEPS, **declared}
 
 
 def _declared(drawing: Drawing, key: str, said: list[str]) -> RunFigure:

@@ -101,3 +101,11 @@ def tables_of(data: RunData, key: str) -> Tables:
     if key not in cache:
         cache[key] = probe_tables(data, key)
     return cache[key]
+
+
+def headline(data: RunData) -> list[str]:
+    """The sentences at the top of the report that come from probes: those of the token ledger."""
+    from slitlamp.reports.token_ledger import ledger_headline
+
+    keys = [key for key in probe_keys(data) if key.startswith(FIRST)]
+    return ledger_headline(tables_of(data, keys[0])) if keys else []

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from slitlamp.experiments.storage import write_bytes
-from slitlamp.reports import compose, findings, tables
+from slitlamp.reports import compose, findings, probe_sections, tables
 from slitlamp.reports.data import RunData
 from slitlamp.reports.figures import FIGURES, RunFigure, run_figures, to_png, to_svg
 from slitlamp.reports.metrics import DEFINITIONS, METRICS, is_pope, split_name
@@ -136,7 +136,7 @@ def _context(data: RunData, sections: list[Section]) -> dict[str, Any]:
         "style": Markup((resources.files("slitlamp.reports") / "templates" / "report.css").read_text(encoding="utf-8")),
         "facts": _facts(data),
         "conditions": data.conditions,
-        "headline": findings.headline(data),
+        "headline": [*probe_sections.headline(data), *findings.headline(data)],
         "gloss": _gloss(data),
         "tables": [one for one in (tables.headline_table(data), tables.control_table(data)) if one is not None],
         "sections": sections,

@@ -135,6 +135,6 @@ def test_a_causal_check_is_drawn_and_said(make_run: Callable[..., Path]) -> None
     add_probe(run, "head_divergence", {"causal": table})
     page = write_report(run).read_text(encoding="utf-8")
     assert "Is it causal?" in page
-    assert "5.0 times [4.0, 6.0] as much, more than random (5 of 5 draws exceeded)" in page
+    assert "5.0 times [4.0, 6.0], more than random (5 of 5 draws exceeded)" in page
     drawn = figure(run, "head_divergence_causal")
     assert len(drawn.axes) == 4
