@@ -223,8 +223,8 @@ def causal_sentences(table: pd.DataFrame) -> list[str]:
         name = str(row["target"])
         times = "nothing to compare with" if np.isnan(row["ratio"]) else f"{row['ratio']:.1f} times"
         lines.append(
-            f"{name[:1].upper()}{name[1:]} changes the next token by {row['effect']:.3f} nats [{row['low']:.3f}, "
-            f"{row['high']:.3f}], {row['control']} by {row['control_effect']:.3f}: {times} [{row['ratio_low']:.1f}, "
+            f"{name[:1].upper()}{name[1:]}: the next token changes by {row['effect']:.3f} nats [{row['low']:.3f}, "
+            f"{row['high']:.3f}]; for {row['control']}, by {row['control_effect']:.3f}. That is {times} [{row['ratio_low']:.1f}, "
             f"{row['ratio_high']:.1f}], {row['finding']} ({int(row['draws_exceeded'])} of {int(row['n_draws'])} draws exceeded)."
         )
     return lines

@@ -78,7 +78,8 @@ def summary_text(data: RunData, key: str) -> list[str]:
     for name in (f"{key}_summary", f"{key}_compare_summary"):
         frame = data.table(name, "summary")
         if frame is not None and not ("model" in frame.columns and name == f"{key}_summary"):
-            lines += [str(text) for text in frame["summary"] if text][:1]
+            said = [str(text).partition(" Causal check: ")[0] for text in frame["summary"]]  # that has its own figure
+            lines += [text for text in said if text][:1]
     return lines
 
 

@@ -69,7 +69,7 @@ def test_the_finding_is_intervened_on(run: Run, captions: Dataset) -> None:
     assert set(table["dataset"]) == {captions.name}
     assert (table.loc[table["outcome"] == "kl", "effect"] > 0).all()
     said = run.table("pointing_summary")["summary"]
-    assert "Causal check: Head 0.0 changes the next token by" in said[0]
+    assert "Causal check: Head 0.0: the next token changes by" in said[0]
     assert "Causal check" not in said[1]
 
 
