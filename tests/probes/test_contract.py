@@ -85,7 +85,15 @@ PROBES: dict[str, Case] = {
     "ImplicitAlignment": Case(lambda: ImplicitAlignment(n_resamples=50, embedding="pca"), ("similarity", "value")),
     "ImplicitAlignment sampled": Case(
         lambda: ImplicitAlignment(
-            n_resamples=50, embedding="none", max_items=2, token_items=1, max_tokens=2, massive_k=2, text="all"
+            n_resamples=50,
+            embedding="none",
+            max_items=2,
+            token_items=1,
+            max_tokens=2,
+            massive_k=2,
+            text="all",
+            inside=False,
+            vocabulary=False,
         ),
         ("similarity", "value"),
     ),
