@@ -12,14 +12,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from probes.ablation_tables import ABLATED, ROLES, Ablated, contrasts_table, effects_table, sets_table, summary
 from probes.cls_outliers import feature_block
-from probes.outlier_data import intervals, mean_intervals
 from probes.outlier_definitions import norm_outliers, random_tokens, top_tokens
 from probes.outlier_places import boxes_of, check_places, place_tokens
 from probes.token_sets import object_tokens, shifted_tokens
 from slitlamp.decoding.edits import replace_tokens
 from slitlamp.errors import InputError, UnsupportedError, unknown
-from slitlamp.evaluation.statistics import benjamini_hochberg
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import Edit, GatheringProbe, ProbeResult, Site, Trace, View
 from slitlamp.tracing.probe import Labels
@@ -31,11 +30,6 @@ if TYPE_CHECKING:
 TokenSet = Literal["object", "object + 1", "object + 2", "encoder", "norm", "gradient"]
 TOKEN_SETS: tuple[str, ...] = get_args(TokenSet)
 BUFFERS = {"object": 0, "object + 1": 1, "object + 2": 2}
-ABLATED = ("set", "random", "shifted")
-ROLES = (
-    *("named object", "other true objects", "hallucinated objects", "other words"),
-    *("answer, object in the image", "answer, object not in the image"),
-)
 
 
 @dataclass
@@ -302,77 +296,25 @@ class TokenAblation(GatheringProbe):
 
     def result(self) -> ProbeResult:
         """Tables `effects`, `contrasts` and `sets`."""
-        self._get("item")
-        effects = self._effects()
-        tables = {"effects": effects, "contrasts": self._contrasts(), "sets": self._sizes()}
-        return ProbeResult(name=self.name, tables=tables, summary=_summary(tables["contrasts"]))
-
-    def _cells(self) -> Iterator[tuple[int, str, int, str]]:
-        """Number and name of sets and roles that were measured together."""
-        change = self._get("change")
-        for number, name in enumerate(self.sets):
-            for place, role in enumerate(ROLES):
-                if np.isfinite(change[:, number, 0, place]).any():
-                    yield number, name, place, role
-
-    def _effects(self) -> pd.DataFrame:
-        """Change of log p and share of changed predictions by set, what was ablated, and kind of token; items count equally."""
-        rows = []
-        change, flipped, count = self._get("change"), self._get("flipped"), self._get("n_tokens")
-        for number, name, place, role in self._cells():
-            known = np.isfinite(change[:, number, 0, place])
-            for kind, ablated in enumerate(ABLATED[: 2 + (self.n_shifted > 0)]):
-                values = np.stack([change[:, number, kind, place], flipped[:, number, kind, place]], axis=1)[known]
-                one, flip = intervals(values, self)
-                rows.append(
-                    {
-                        "set": name, "ablated": ablated, "role": role,
-                        "change": one.value, "low": one.low, "high": one.high,
-                        "flipped": flip.value, "flipped_low": flip.low, "flipped_high": flip.high,
-                        "n_tokens": int(count[known, place].sum()), "n_items": int(known.sum()),
-                    }
-                )  # fmt: skip
-        return pd.DataFrame(rows)
-
-    def _contrasts(self) -> pd.DataFrame:
-        """The set minus its controls, item by item: change of log p (nats) and share of changed predictions, with p values
-        (bootstrap, and adjusted by Benjamini and Hochberg over the table).
-        """
-        rows = []
-        change, flipped = self._get("change"), self._get("flipped")
-        for number, name, place, role in self._cells():
-            known = np.isfinite(change[:, number, 0, place])
-            for kind, ablated in enumerate(ABLATED[: 2 + (self.n_shifted > 0)]):
-                if kind == 0:
-                    continue
-                both = [one[known, number, 0, place] - one[known, number, kind, place] for one in (change, flipped)]
-                one, flip = intervals(np.stack(both, axis=1), self, p_value=True)
-                rows.append(
-                    {
-                        "set": name, "control": ablated, "role": role,
-                        "difference": one.value, "low": one.low, "high": one.high, "p": one.p,
-                        "flipped": flip.value, "flipped_low": flip.low, "flipped_high": flip.high, "flipped_p": flip.p,
-                        "n_items": int(known.sum()),
-                    }
-                )  # fmt: skip
-        table = pd.DataFrame(rows)
-        some = bool(table["p"].notna().any())
-        return table.assign(p_adjusted=benjamini_hochberg(table["p"].astype(float)) if some else np.nan)
-
-    def _sizes(self) -> pd.DataFrame:
-        """How many tokens each set has, as a number and as a share of the image's, in items that have it."""
-        sizes = self._get("size").astype(np.float64)
-        sizes[sizes == 0] = np.nan
-        table = mean_intervals(sizes, self, "tokens")
-        share = mean_intervals(sizes / self._get("n_image_tokens")[:, None], self, "share")
-        table.insert(0, "set", list(self.sets))
-        return table.assign(share=share["share"], share_low=share["low"], share_high=share["high"])
+        ablated = Ablated(
+            list(self.sets),
+            ABLATED[: 2 + (self.n_shifted > 0)],
+            **{name: self._get(name) for name in ("change", "flipped", "n_tokens", "size", "n_image_tokens")},
+        )
+        tables = {
+            "effects": effects_table(ablated, self),
+            "contrasts": contrasts_table(ablated, self),
+            "sets": sets_table(ablated, self),
+        }
+        return ProbeResult(name=self.name, tables=tables, summary=summary(tables["contrasts"]))
 
 
 def mean_image_token(vlm: VLM, batches: Iterable[Batch]) -> list[float]:
     """The mean input of the language model at the image tokens of a data set: [d_model], the `vector` of `TokenAblation`."""
     total, count = torch.zeros(vlm.anatomy.d_model, dtype=torch.float64), 0
     for batch in batches:
+        if not batch.image_mask.any():
+            continue
         with vlm.trace(resid_pre(layers=0, positions="image", label="embedded")) as trace:
             vlm.forward(batch, logits_to_keep=1)
         tokens = trace["embedded"][0][trace.mask("embedded")].double().cpu()
@@ -395,20 +337,3 @@ def _refuse_bare(batch: Batch) -> None:
             "token ablation needs an image and generated tokens to score (Generation.teacher_forced()); items without: "
             + ", ".join(bare[:5])
         )
-
-
-def _summary(contrasts: pd.DataFrame) -> str:
-    """The object's own tokens against shifted and random ones, at its word or the answer about it."""
-    parts: list[str] = []
-    for role in ("named object", "answer, object in the image", "other words"):
-        rows = contrasts[(contrasts["role"] == role) & (contrasts["control"] == "random")]
-        if not len(rows) or (parts and role == "other words"):
-            continue
-        row = rows.iloc[0]
-        change = f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
-        flips = f"{row['flipped']:+.2f} [{row['flipped_low']:+.2f}, {row['flipped_high']:+.2f}]"
-        parts.append(
-            f"Replacing the tokens of the set {row['set']!r} changes log p ({role}) by {change} nats against as many random "
-            f"tokens, and changes {flips} of the predictions more (n = {int(row['n_items'])})."
-        )
-    return " ".join(parts)
