@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from probes.ledger_ranking import FALSE, Detection, usable
+from probes.ledger_ranking import FALSE, Detection, covariates_of, usable
 from probes.ledger_signals import Signal
 from probes.linear_fits import Folds, fit_logistic, grouped_folds
 from slitlamp.errors import InputError
@@ -130,6 +130,7 @@ def combination_table(
     rows = []
     for name, score in scores.items():
         row = {"combination": name, "n_signals": sizes[name], **detection.measured(score, false, groups)}
+        row |= detection.beyond(score, false, groups, covariates_of(ledger))
         for reference, other in references.items():
             if reference == name:
                 continue

@@ -13,19 +13,24 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from probes.ledger_signals import Signal
-from slitlamp.evaluation.detection import auroc_interval
-from slitlamp.evaluation.statistics import Interval, cluster_bootstrap, correlation_interval, ratio
+from slitlamp.evaluation.detection import adjusted_auroc, auroc_difference
+from slitlamp.evaluation.operating_points import detection_table
+from slitlamp.evaluation.statistics import Interval, benjamini_hochberg, cluster_bootstrap, correlation_interval, ratio
 
 FALSE: Final = ("hallucinated", "wrong")
 TRUE: Final = ("object", "correct")
 CHANCE: Final = 0.5
+FALSE_DISCOVERIES: Final = 0.05
+"""The share of false ones that is accepted among the signals called detectors."""
+COVARIATES: Final = ("position", "frequency")
+"""Signals that the partial AUROC holds fixed."""
 
 FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Detection:
-    """How detectors are measured: intervals over images.
+    """How detectors are measured: all intervals are over images.
 
     Attributes:
         fpr: the false positive rate at which the true positive rate is given.
@@ -37,26 +42,57 @@ class Detection:
     seed: int
 
     def measured(self, score: FloatArray, false: NDArray[np.bool_], groups: NDArray[Any]) -> dict[str, float]:
-        """AUROC and true positive rate of a score, higher for hallucinated."""
-        area = auroc_interval(score, false, groups, n_resamples=self.n_resamples, seed=self.seed)
-        return {"auroc": area.value, "low": area.low, "high": area.high}
+        """AUROC, AUPRC and the true positive rate of a score that is higher for hallucinated; NaN where a class is empty."""
+        metrics = {"auroc": "", "auprc": "auprc_", "tpr": "tpr_"}
+        if not false.any() or false.all():
+            nothing = [[name, f"{prefix}low", f"{prefix}high"] for name, prefix in metrics.items()]
+            return {**{one: float("nan") for names in nothing for one in names}, "fpr": self.fpr}
+        table = detection_table(
+            score, false, groups, fprs=(self.fpr,), n_resamples=self.n_resamples, seed=self.seed
+        ).set_index("metric")
+        row: dict[str, float] = {}
+        for name, prefix in metrics.items():
+            one = table.loc[name]
+            row |= {name: float(one["value"]), f"{prefix}low": float(one["low"]), f"{prefix}high": float(one["high"])}
+        return {**row, "fpr": self.fpr}
 
     def difference(
         self, reference: FloatArray, score: FloatArray, false: NDArray[np.bool_], groups: NDArray[Any]
-    ) -> dict[str, float]:
+    ) -> dict[str, float | None]:
         """AUROC of a score minus that of a reference on the same tokens, with its p value."""
-        return {}
+        found = auroc_difference(reference, score, false, groups, n_resamples=self.n_resamples, seed=self.seed)
+        return {"difference": found.value, "difference_low": found.low, "difference_high": found.high, "p": found.p}
+
+    def beyond(
+        self, score: FloatArray, false: NDArray[np.bool_], groups: NDArray[Any], covariates: FloatArray
+    ) -> dict[str, float]:
+        """AUROC of a score at equal covariates [token, covariate] (Janes and Pepe 2009): columns partial, with low and high."""
+        found = adjusted_auroc(score, false, covariates, groups, n_resamples=self.n_resamples, seed=self.seed)
+        return {"partial": found.value, "partial_low": found.low, "partial_high": found.high}
+
+
+def covariates_of(ledger: pd.DataFrame) -> FloatArray:
+    """Position in the caption, its square (signals need not change evenly along a caption), and the object's frequency where
+    it is known for every token: [token, covariate].
+    """
+    position = ledger["token"].to_numpy(dtype=np.float64)
+    centred = position - position.mean()
+    columns = [centred, centred**2]
+    frequency = ledger["frequency"].to_numpy(dtype=np.float64)
+    return np.stack([*columns, frequency] if np.isfinite(frequency).all() else columns, axis=1)
 
 
 def ranking_table(ledger: pd.DataFrame, signals: Sequence[Signal], detection: Detection) -> pd.DataFrame:
     """One row per signal, the best first by its AUROC in the direction that was declared for it.
 
-    Columns: signal, title, family, sign; auroc with low and high; p and q (Benjamini-Hochberg over signals) against chance;
-    agrees ("yes": the interval lies above chance, "no": below, "open": it holds chance, "" for a signal without a
-    direction); tpr at fpr with its interval; partial, the AUROC controlled for position and object frequency, with its
-    interval; chance; n_tokens, n_hallucinated, n_images.
+    Columns: signal, title, family, sign; auroc, auprc, and tpr at fpr, each with low and high; partial, the AUROC at equal
+    position and object frequency, with its interval (NaN for these two themselves); p, two-sided against chance, and q, by
+    Benjamini and Hochberg over the signals; agrees: "yes" or "no", whether the data agree with the declared direction, where
+    q < .05, "open" where it is not, "" for a signal without a direction; chance of the AUROC; n_tokens, n_hallucinated,
+    n_images.
     """
     rows = []
+    everything = covariates_of(ledger)
     for signal in signals:
         values = ledger[signal.name].to_numpy(dtype=np.float64)
         known = np.isfinite(values)
@@ -65,18 +101,34 @@ def ranking_table(ledger: pd.DataFrame, signals: Sequence[Signal], detection: De
         false = ledger["label"].isin(FALSE).to_numpy()[known]
         groups = ledger["image"].to_numpy(dtype=str)[known]
         score = (signal.sign or 1) * values[known]
-        row = {"signal": signal.name, "title": signal.title, "family": signal.family, "sign": signal.sign}
+        row: dict[str, Any] = {
+            "signal": signal.name,
+            "title": signal.title,
+            "family": signal.family,
+            "sign": signal.sign,
+        }
         row |= detection.measured(score, false, groups)
-        row["agrees"] = _agreement(row, signal.sign)
+        # against a score that is the same for all tokens, whose AUROC is .5 in every resample
+        row["p"] = detection.difference(np.zeros(len(score)), score, false, groups)["p"]
+        row |= dict.fromkeys(("partial", "partial_low", "partial_high"), float("nan"))
+        if signal.name not in COVARIATES:
+            row |= detection.beyond(score, false, groups, everything[known])
         counts = {"n_tokens": len(false), "n_hallucinated": int(false.sum()), "n_images": len(np.unique(groups))}
         rows.append({**row, "chance": CHANCE, **counts})
-    return pd.DataFrame(rows).sort_values("auroc", ascending=False, kind="stable", ignore_index=True)
+    table = pd.DataFrame(rows)
+    tested = (table["family"] != "null") & table["p"].notna()
+    q = np.full(len(table), np.nan)
+    if tested.any():
+        q[tested] = benjamini_hochberg(table.loc[tested, "p"])
+    table.insert(table.columns.get_loc("p") + 1, "q", q)
+    table.insert(table.columns.get_loc("q") + 1, "agrees", [_agreement(row) for row in table.to_dict("records")])
+    return table.sort_values("auroc", ascending=False, kind="stable", ignore_index=True)
 
 
-def _agreement(row: dict[str, Any], sign: int) -> str:
-    if not sign:
+def _agreement(row: dict[str, Any]) -> str:
+    if not row["sign"]:
         return ""
-    return "yes" if row["low"] > CHANCE else "no" if row["high"] < CHANCE else "open"
+    return "open" if not row["q"] < FALSE_DISCOVERIES else "yes" if row["auroc"] > CHANCE else "no"
 
 
 def redundancy_table(ledger: pd.DataFrame, signals: Sequence[Signal], *, n_resamples: int, seed: int) -> pd.DataFrame:

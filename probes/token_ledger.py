@@ -112,6 +112,7 @@ class TokenLedger(GatheringProbe):
             word=table["word"].to_numpy(dtype=str),
             label=table["label"].to_numpy(dtype=str),
             category=table["category"].to_numpy(dtype=str),
+            frequency=table["frequency"].to_numpy(dtype=np.float64),
             values=np.stack(columns, axis=1).astype(np.float64),
         )
         if "state" in self._needs():
@@ -137,12 +138,13 @@ class TokenLedger(GatheringProbe):
         return ProbeResult(name=self.name, tables=tables, summary=_summary(tables))
 
     def ledger(self) -> pd.DataFrame:
-        """One row per object token: item, image, token, mention, word, label, category, then one column per signal.
+        """One row per object token: item, image, token, mention, word, label, category, frequency, then one column per signal.
 
         Raises:
             InputError: nothing was taken in, or no object was named.
         """
-        columns = {name: self._get(name) for name in ("item", "image", "token", "mention", "word", "label", "category")}
+        kept = ("item", "image", "token", "mention", "word", "label", "category", "frequency")
+        columns = {name: self._get(name) for name in kept}
         if not len(columns["item"]):
             raise InputError("no generated token was labelled as an object, so there is nothing to put into the ledger")
         ledger = pd.DataFrame(columns)

@@ -58,6 +58,7 @@ def _ranking(tables: Tables, width: float) -> Figure | None:
         first, second = figure.subplots(1, 2, width_ratios=[1.9, 1])
         drawings.ranking_panel(rows, first, names=names)
         drawings.sensitivity_panel(rows, second, names=())
+        first.set_xlabel(first.get_xlabel(), loc="center")  # at the right it would meet the other panel's
     legend_below(figure, drawings.family_handles(rows))
     return figure
 

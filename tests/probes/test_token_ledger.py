@@ -136,6 +136,7 @@ def measured() -> TokenLedger:
             "rows.word": np.tile(["dog", "<b>$x$</b>", "traffic light", "cat"], 40),
             "rows.label": np.where(false, "hallucinated", "object"),
             "rows.category": text,
+            "rows.frequency": rng.random(160),
             "rows.values": np.stack(list(values.values()), axis=1) + rng.normal(size=(160, len(values))),
             "rows.state": rng.normal(size=(160, 8)).astype(np.float32),
         }
