@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,21 +55,20 @@ class Size:
     strengths: tuple[float, ...] = DEFAULT_STRENGTHS
 
 
-def layer(size: Size, place: int) -> Tensor:
-    """Features of one layer: correlated, of unequal size, away from zero, some following the labels."""
+def layer(size: Size, place: int) -> tuple[Tensor, Tensor]:
+    """Features of one layer and labels: features as hidden states have them, labels that follow a direction of theirs.
+
+    The variance of the k-th principal component falls as 1 / k, features are far from zero and of unequal size. The labels
+    follow a random direction, the same in each component's own units, the more so the later the layer.
+    """
     rng = torch.Generator().manual_seed(place)
     n, d = size.samples, size.features
-    spread = torch.logspace(0, -2, d)  # eigenvalues over four decades, as hidden states have
+    whitened = torch.randn(n, d, generator=rng)
     mix = torch.linalg.qr(torch.randn(d, d, generator=rng)).Q
-    hidden = torch.randn(n, d, generator=rng) * spread
-    signal = 1.5 * (1 + place) / size.layers / (d // 4) ** 0.5  # up to 1.5 standard deviations between the classes
-    hidden[:, : d // 4] += signal * spread[: d // 4] * (labels(size)[:, None].float() - 0.5)
-    return hidden @ mix * torch.logspace(-1, 1, d) + 3 * torch.randn(d, generator=rng)
-
-
-def labels(size: Size) -> Tensor:
-    rng = torch.Generator().manual_seed(99)
-    return torch.rand(size.samples, generator=rng) < 0.35
+    score = whitened @ torch.nn.functional.normalize(torch.randn(d, generator=rng), dim=0)
+    y = torch.rand(n, generator=rng) < torch.sigmoid((1 + 2 * place / size.layers) * score - 0.6)
+    x = (whitened / torch.arange(1, d + 1).sqrt()) @ mix
+    return x * torch.logspace(-1, 1, d) + 3 * torch.randn(d, generator=rng), y
 
 
 def ours(x: Tensor, y: Tensor, folds: Folds, strengths: tuple[float, ...]) -> np.ndarray:
@@ -116,19 +116,18 @@ def timed(function: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
 def compare(size: Size, n_rounds: int, threads: int) -> Outcome:
     """Rounds of both in turn, a line of progress each; then memory, and the whole nested cross-validation of a layer."""
     torch.set_num_threads(threads)
-    outcome, y = Outcome(), labels(size)
-    groups = np.arange(size.samples) // size.per_group
-    folds = grouped_folds(groups, y, size.folds)
+    outcome, groups = Outcome(), np.arange(size.samples) // size.per_group
     with threadpool_limits(threads):
-        small = layer(Size(features=8, samples=200, layers=1), 0)
-        ours(small, y[:200], grouped_folds(groups[:200], y[:200], 2), (1.0,))  # loads kernels
-        theirs(small, y[:200], torch.arange(200) < 60, (1.0,))
+        x, y = layer(Size(features=8, samples=200, layers=1), 0)
+        ours(x, y, grouped_folds(np.arange(200), y, 2), (1.0,))  # loads kernels
+        theirs(x, y, torch.arange(200) < 60, (1.0,))
         for number in range(n_rounds):
             place, fold = number % size.layers, number % size.folds
-            x, test = layer(size, place), folds.test[fold]
+            x, y = layer(size, place)
+            folds = grouped_folds(groups, y, size.folds)
             runs = {
-                "ours": lambda x=x: ours(x, y, folds, size.strengths),
-                "theirs": lambda x=x, test=test: theirs(x, y, test, size.strengths),
+                "ours": partial(ours, x, y, folds, size.strengths),
+                "theirs": partial(theirs, x, y, folds.test[fold], size.strengths),
             }
             found = {name: timed(runs[name]) for name in (("theirs", "ours") if number % 2 else ("ours", "theirs"))}
             seconds = found["ours"][0], found["theirs"][0] * size.folds
@@ -141,7 +140,8 @@ def compare(size: Size, n_rounds: int, threads: int) -> Outcome:
                 f"({seconds[1] / seconds[0]:.0f} times), AUROC within {outcome.differences[-1]:.4f}",
                 flush=True,
             )
-        x, device = layer(size, size.layers - 1), torch.device("cpu")
+        x, y = layer(size, size.layers - 1)
+        folds, device = grouped_folds(groups, y, size.folds), torch.device("cpu")
         outcome.layer_bytes = x.nbytes
         with measure.peak(device) as idle:
             pass

@@ -16,6 +16,10 @@ from slitlamp.errors import InputError
 _HISTORY = 10
 _MAX_RANK = 2048
 _MAX_HALVINGS = 30
+_ROWS_PER_FEATURE = 4
+"""Rows from which the covariance is estimated, per feature: a preconditioner need not be exact."""
+_ROWS = 512
+"""Rows whose squares are formed at a time: few enough for the cache."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,19 @@ def as_features(x: Tensor) -> Tensor:
     """Features [sample, d] in float32 (float64 stays), checked."""
     if x.ndim != 2 or not x.numel():
         raise InputError(f"features are [sample, d]: found shape {tuple(x.shape)}")
-    x = x if x.dtype == torch.float64 else x.float()
-    if not bool(torch.isfinite(x).all()):
-        raise InputError("features must be finite: found NaN or infinity; drop these samples or layers first")
-    return x
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every feature over the samples, in float64; sums are taken from the first sample on, which keeps their digits."""
+    shift = x[0]
+    total, square = (torch.zeros(x.shape[1], dtype=torch.float64, device=x.device) for _ in range(2))
+    for rows in x.split(_ROWS):
+        moved = rows - shift
+        total += moved.sum(dim=0)
+        square += moved.square_().sum(dim=0)
+    mean = total / len(x)
+    return shift.double() + mean, (square / len(x) - mean.square()).clamp_min(0)
 
 
 class Problem:
@@ -44,13 +57,17 @@ class Problem:
 
     def __init__(self, x: Tensor) -> None:
         x = as_features(x)
-        self.mean = x.mean(dim=0, dtype=torch.float64)
-        centred = x - self.mean.to(x)
-        scale = centred.square().mean(dim=0, dtype=torch.float64).sqrt()
+        mean, variance = _mean_and_variance(x)
+        if not bool(torch.isfinite(variance).all()):
+            raise InputError("features must be finite: found NaN or infinity; drop these samples or layers first")
+        self.mean, scale = mean, variance.sqrt()
         # Rounding makes a constant feature vary by about the precision of its mean; that is no variation.
-        constant = scale <= 10 * torch.finfo(x.dtype).eps * self.mean.abs()
+        constant = scale <= 10 * torch.finfo(x.dtype).eps * mean.abs()
         self.scale = torch.where(constant, 1.0, scale)
-        self.x = centred.div_(self.scale.to(x)).masked_fill_(constant, 0.0)
+        factor = (1 / self.scale).masked_fill(constant, 0.0).to(x)
+        self.x = torch.empty_like(x)
+        for rows, out in zip(x.split(_ROWS), self.x.split(_ROWS), strict=True):
+            torch.sub(rows, mean.to(x), out=out).mul_(factor)
         self._spectrum: tuple[Tensor, Tensor, float] | None = None
 
     def moments(self, train: Tensor, standardise: bool = True) -> Scaling:
@@ -60,32 +77,35 @@ class Problem:
             # raw units: the scale undoes the first standardisation
             zero = self.x.new_zeros(len(train), self.x.shape[1])
             return Scaling(zero - (self.mean / self.scale).to(self.x), zero + (1 / self.scale).to(self.x))
-        mean = share @ self.x
-        variance = (share @ self.x.square() - mean.square()).clamp_min(0)
+        blocks = [(part, rows) for part, rows in zip(share.split(_ROWS, 1), self.x.split(_ROWS), strict=True)]
+        mean = sum((part @ rows for part, rows in blocks), start=torch.zeros_like(share[:, :1]))
+        square = sum((part @ rows.square() for part, rows in blocks), start=torch.zeros_like(mean))
+        variance = (square - mean.square()).clamp_min(0)
         flat = variance <= 100 * torch.finfo(self.x.dtype).eps * (1 + mean.square())
         return Scaling(mean, torch.where(flat, 1.0, variance.sqrt()))
 
     def spectrum(self) -> tuple[Tensor, Tensor, float]:
         """Leading eigenvectors [d, k] and eigenvalues [k] of the features' covariance, and the mean of the other ones."""
         if self._spectrum is None:
-            n, d = self.x.shape
+            x = self.x[:: max(1, len(self.x) // (_ROWS_PER_FEATURE * self.x.shape[1]))]
+            n, d = x.shape
             if max(min(n, d), 1) <= _MAX_RANK:
-                small = self.x @ self.x.T if n < d else self.x.T @ self.x
+                small = x @ x.T if n < d else x.T @ x
                 values, vectors = torch.linalg.eigh(small / n)
                 precision = torch.finfo(values.dtype).eps * values[-1]
                 if n < d:
                     real = values > 10 * precision
                     values = values[real]
-                    vectors = self.x.T @ vectors[:, real] / (n * values).sqrt()
+                    vectors = x.T @ vectors[:, real] / (n * values).sqrt()
                 values = values.clamp_min(precision)
             else:
                 generator_state = torch.random.get_rng_state()
                 torch.manual_seed(0)  # the sketch only speeds up the fit; the caller's random state is given back
-                _, singular, vectors = torch.svd_lowrank(self.x, q=_MAX_RANK // 4)
+                _, singular, vectors = torch.svd_lowrank(x, q=_MAX_RANK // 4)
                 torch.random.set_rng_state(generator_state)
                 values = singular.square() / n
             # Never far below the smallest of the leading ones: the two parts are added in the precision of the larger.
-            rest = float((self.x.square().sum() / n - values.sum()).clamp_min(0)) / max(d - len(values), 1)
+            rest = float((x.square().sum() / n - values.sum()).clamp_min(0)) / max(d - len(values), 1)
             self._spectrum = (vectors, values, max(rest, float(values.min())))
         return self._spectrum
 
