@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import slitlamp
+from slitlamp.flops import BlockSizes
 
 if TYPE_CHECKING:
     from slitlamp.vlm import VLM
@@ -66,6 +68,7 @@ def describe(vlm: VLM, revision: str | None, seed: int, data: dict[str, str], pr
         "family": one.family.name,
         "n_layers": one.n_layers,
         "n_heads": one.n_heads,
+        "block_sizes": asdict(BlockSizes.of(one)),
         "device": describe_device(vlm.device),
         "dtype": str(vlm.dtype).removeprefix("torch."),
         "seed": seed,

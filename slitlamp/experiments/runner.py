@@ -318,12 +318,20 @@ def _prediction_rows(unit: Unit, data: Dataset, items: Sequence[Item], generatio
             "object": item.object,
             "label": item.label,
             "text": text,
+            "n_prompt": n_prompt,
+            "n_image": n_image,
             "n_tokens": len(tokens),
             "stopped": stopped,
             "tokens": list(tokens),
         }
-        for item, text, tokens, stopped in zip(
-            items, generation.texts, generation.tokens, generation.stopped, strict=True
+        for item, n_prompt, n_image, text, tokens, stopped in zip(
+            items,
+            generation.batch.lengths,
+            generation.batch.image_mask.sum(dim=1).tolist(),
+            generation.texts,
+            generation.tokens,
+            generation.stopped,
+            strict=True,
         )
     ]
 

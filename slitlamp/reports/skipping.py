@@ -1,0 +1,317 @@
+"""Skipped computation against what it costs (IMA, figure 11), and subnetworks against masks of equal size (figure 12)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from interventions import SkipPerceptual, SubnetMask
+from slitlamp.decoding import Intervention
+from slitlamp.flops import BlockSizes, Tokens
+from slitlamp.reports import findings
+from slitlamp.reports.conditions import need
+from slitlamp.reports.data import RunData
+from slitlamp.reports.draw import condition_handles, is_narrow, legend_below
+from slitlamp.reports.metrics import metric, split_name
+from slitlamp.reports.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    ConditionStyle,
+    axes_or_new,
+    new_figure,
+    styled,
+)
+
+METRICS: Final = ("accuracy", "chair_i", "recall")
+SKIP_LOOKS: Final = {
+    "skip the FFN": ConditionStyle(BLUE, "o", "-", True),
+    "skip the block": ConditionStyle(VERMILLION, "s", (0, (6, 1.5)), True),
+    "attention and FFN in parallel": ConditionStyle(GREEN, "D", (0, (4, 1.5, 1, 1.5)), True),
+    "skip the FFN, random blocks": ConditionStyle(SKY, "v", (0, (2, 1.2)), False),
+    "skip the block, random blocks": ConditionStyle(ORANGE, "^", (0, (2, 1.2)), False),
+    "attention and FFN in parallel, random blocks": ConditionStyle(GREEN, "<", (0, (2, 1.2)), False),
+    "skip the FFN, text tokens": ConditionStyle(PURPLE, "P", (0, (1, 1.2)), False),
+    "skip the block, text tokens": ConditionStyle(INK, "X", (0, (1, 1.2)), False),
+    "attention and FFN in parallel, text tokens": ConditionStyle(GREY, ">", (0, (1, 1.2)), False),
+}
+SKIP_NAMES: Final = {"ffn": "skip the FFN", "block": "skip the block", "parallel": "attention and FFN in parallel"}
+RULE_LOOKS: Final = {
+    "wanda": ConditionStyle(BLUE, "o", "-", True),
+    "magnitude": ConditionStyle(ORANGE, "^", (0, (5, 1.5, 1, 1.5)), False),
+    "random": ConditionStyle(GREY, "v", (0, (2, 1.2)), False),
+}
+RULE_NAMES: Final = {
+    "wanda": "weights that the tokens activate",
+    "magnitude": "control: as many, the largest",
+    "random": "control: as many at random",
+}
+
+
+def _single(data: RunData, kind: type[Intervention]) -> Iterator[tuple[str, Any]]:
+    """The conditions that are one intervention of a kind, and those of their controls that are: (name, intervention)."""
+    conditions = data.config.get("conditions")
+    given = conditions if isinstance(conditions, Mapping) else {}
+    known = {one.name for one in fields(kind) if one.init}  # type: ignore[arg-type]
+    made: dict[str, Any] = {}
+    for name, entries in given.items():
+        if not isinstance(entries, list) or len(entries) != 1:
+            continue
+        found = _parameters(entries[0], kind.name)
+        if found is not None and set(found) <= known:
+            made[str(name)] = kind(**found)
+    for one in data.conditions:
+        if one.name in made:
+            yield one.name, made[one.name]
+        elif one.control_of in made:
+            control = made[one.control_of].controls().get(one.name.removeprefix(f"{one.control_of}_"))
+            if control is not None:
+                yield one.name, control
+
+
+def _parameters(entry: Any, name: str) -> dict[str, Any] | None:
+    """The parameters of an entry of a configuration, `Name`, `{Name: {...}}` or `{name: Name, parameters: {...}}`."""
+    if entry == name:
+        return {}
+    if not isinstance(entry, Mapping):
+        return None
+    if entry.get("name") == name:
+        return dict(entry.get("parameters") or {})
+    return dict(entry[name] or {}) if name in entry else None
+
+
+def _scores(data: RunData, names: Sequence[str]) -> pd.DataFrame | None:
+    """The scores of some conditions and of the reference: condition, dataset, metric, value, low, high."""
+    table = data.table("conditions", "condition", "dataset", "metric", "value", "low", "high")
+    if table is None:
+        return None
+    shown = [*findings.caption_datasets(data)[:1], *findings.pope_datasets(data)[:1]]
+    rows = table[table["condition"].astype(str).isin([*names, data.reference]) & table["metric"].isin(METRICS)]
+    rows = rows[rows["dataset"].astype(str).isin(shown)]
+    return None if rows.empty else rows.reset_index(drop=True)
+
+
+def _runs(data: RunData) -> dict[str, list[Tokens]] | None:
+    """Of the reference condition, the numbers of tokens of every item by data set; None where the run has not kept them.
+
+    Text is taken to follow the image, which matters only to the few operations of attention.
+    """
+    path = data.folder / "predictions.parquet"
+    table = pd.read_parquet(path) if path.is_file() else pd.DataFrame()
+    if not {"n_prompt", "n_image"} <= set(table.columns):
+        return None
+    rows = table[table["condition"].astype(str) == data.reference]
+    return {
+        str(dataset): [
+            Tokens(0, int(n_image), int(n_prompt - n_image), int(n))
+            for n_prompt, n_image, n in zip(own["n_prompt"], own["n_image"], own["n_tokens"], strict=True)
+        ]
+        for dataset, own in rows.groupby("dataset", sort=False)
+    }
+
+
+def skipping_table(data: RunData) -> pd.DataFrame | None:
+    """The scores of the conditions that skip computation, with what they save.
+
+    Columns: condition, dataset, metric, value, low, high; series (what is skipped, by whom), start, interval, n_blocks, and
+    saved, the mean over items of the share of the operations of the decoder's blocks that need not be done, on the prompts and
+    lengths of the reference (0 for the reference itself).
+
+    None for a run without such conditions, or without the sizes of its model.
+    """
+    given, runs = dict(_single(data, SkipPerceptual)), _runs(data)
+    sizes = data.environment.get("block_sizes")
+    table = _scores(data, list(given))
+    if not given or runs is None or not isinstance(sizes, Mapping) or table is None:
+        return None
+    block = BlockSizes(**sizes)
+    columns: list[dict[str, Any]] = []
+    for row in table.to_dict("records"):
+        one: SkipPerceptual | None = given.get(str(row["condition"]))
+        if one is None:
+            columns.append({"series": "reference", "start": -1, "interval": 0, "n_blocks": 0, "saved": 0.0})
+            continue
+        saved = np.mean([one.saved(block, tokens) for tokens in runs[str(row["dataset"])]])
+        series = SKIP_NAMES[one.skip]
+        if one.select == "random":
+            series += ", random blocks"
+        if one.tokens != "perceptual":
+            series += f", {one.tokens} tokens"
+        n_blocks = len(one.blocks(block.n_layers))
+        columns.append(
+            {
+                "series": series,
+                "start": one.start,
+                "interval": one.interval,
+                "n_blocks": n_blocks,
+                "saved": float(saved),
+            }
+        )
+    return pd.concat([table, pd.DataFrame(columns)], axis=1)
+
+
+def mask_table(data: RunData) -> pd.DataFrame | None:
+    """The scores of the conditions that run on a subnetwork of each prompt's tokens, with rule, tokens and sparsity.
+
+    The reference has sparsity 0 and rule "reference". None for a run without such conditions.
+    """
+    given = {name: one for name, one in _single(data, SubnetMask) if one.masks is None}
+    table = _scores(data, list(given))
+    if not given or table is None:
+        return None
+    columns = [
+        {"rule": "reference", "tokens": "", "sparsity": 0.0}
+        if (one := given.get(str(row["condition"]))) is None
+        else {"rule": one.rule, "tokens": one.tokens, "sparsity": one.sparsity}
+        for row in table.to_dict("records")
+    ]
+    return pd.concat([table, pd.DataFrame(columns)], axis=1)
+
+
+def _reference(ax: Axes, rows: pd.DataFrame) -> None:
+    """The unmodified model as a line with the band of its interval."""
+    for row in rows.to_dict("records"):
+        ax.axhline(row["value"], color=INK, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1, label="_reference")
+        ax.axhspan(row["low"], row["high"], color=GREY, alpha=0.14, linewidth=0, zorder=0, label="_reference_band")
+
+
+@styled
+def curves(table: pd.DataFrame, x: str, by: str, looks: Mapping[str, ConditionStyle], ax: Axes | None = None) -> Axes:
+    """One score of several series against a number, with interval bars, and the reference as a line.
+
+    Args:
+        table: of one data set and metric: value, low, high and the columns named; the reference has "reference" in `by`.
+        x: the column across.
+        by: the column that names the series.
+        looks: of each series.
+        ax: where to draw; a new figure if None.
+    """
+    need(table, x, by, "value", "low", "high")
+    ax = axes_or_new(ax, height=2.8)
+    _reference(ax, table[table[by] == "reference"])
+    for name, look in looks.items():
+        rows = table[table[by] == name].sort_values([x, "value"])
+        if rows.empty:
+            continue
+        along = rows[x].to_numpy(dtype=float)
+        low, high = (rows[end].to_numpy(dtype=float) for end in ("low", "high"))
+        ax.vlines(along, low, high, color=look.colour, linewidth=1.0, alpha=0.8, label="_interval")
+        ax.plot(
+            along, rows["value"].to_numpy(dtype=float), color=look.colour, marker=look.marker, markerfacecolor=look.face,
+            linestyle=look.line, markersize=5, linewidth=1.2, label=f"_{name}",
+        )  # fmt: skip
+    return ax
+
+
+def _panels(
+    table: pd.DataFrame,
+    width: float,
+    x: str,
+    by: str,
+    looks: Mapping[str, ConditionStyle],
+    names: Mapping[str, str],
+    label: str,
+) -> Figure:
+    """A panel per data set and metric, with a legend below."""
+    pairs = list(dict.fromkeys(zip(table["dataset"].astype(str), table["metric"].astype(str), strict=True)))
+    narrow = is_narrow(width)
+    columns = 1 if narrow else min(len(pairs), 3)
+    down = -(-len(pairs) // columns)
+    used = [name for name in looks if (table[by] == name).any()]
+    figure = new_figure(width, 2.1 * down + 0.45 + 0.19 * len(used) / (1 if narrow else 2))
+    axes = np.atleast_1d(figure.subplots(down, columns, squeeze=False)).ravel()
+    for ax, (dataset, name) in zip(axes, pairs, strict=False):
+        rows = table[(table["dataset"].astype(str) == dataset) & (table["metric"] == name)]
+        curves(rows, x, by, looks, ax)
+        ax.set_title(f"{metric(name).label}, {split_name(dataset)}" if name == "accuracy" else metric(name).label)
+        ax.set_ylabel(metric(name).unit)
+        ax.set_xlabel(label)
+    for ax in axes[len(pairs) :]:
+        ax.set_visible(False)
+    reference = {"reference": ConditionStyle(INK, "", (0, (4, 2)), True)}
+    shown = ["reference", *used]
+    legend_below(
+        figure,
+        condition_handles(shown, {**reference, **looks}, {"reference": "the model as it is", **names}, lines=True),
+        columns=1 if narrow else 2,
+    )
+    return figure
+
+
+@styled
+def skipped_operations(data: RunData, width: float) -> Figure | None:
+    """Scores against the share of operations saved: what is skipped, by which tokens; None for a run of other conditions."""
+    table = skipping_table(data)
+    if table is None:
+        return None
+    table = table[table["start"] <= 0].assign(saved=100 * table["saved"])
+    return _panels(table, width, "saved", "series", SKIP_LOOKS, {}, "operations saved (%)")
+
+
+def skipped_operations_note(data: RunData) -> str:
+    """The caption of `skipped_operations`."""
+    return (
+        "Image tokens skip the FFN, or the block, or run attention and FFN in parallel (which saves no operation), in every "
+        "block between the first and the last, or one in several; across, the estimated share of the operations of the "
+        "decoder's blocks that need not be done, on the prompts and lengths of the run. Controls (open markers): as many blocks "
+        "drawn at random, and text tokens of the prompt in place of image tokens. Bars are bootstrap intervals over images; the "
+        "dashed line with its band is the model as it is. Everything was computed and put aside: operations are an estimate, not "
+        "a time."
+    )
+
+
+@styled
+def skipped_from(data: RunData, width: float) -> Figure | None:
+    """Scores against the block after which every block is skipped; None where a run has no two such conditions."""
+    table = skipping_table(data)
+    if table is None:
+        return None
+    table = table[(table["interval"] == 1) | (table["series"] == "reference")]
+    several = table[table["series"] != "reference"].groupby("series")["start"].nunique()
+    kept = [*several[several > 1].index, "reference"]
+    if len(kept) < 2:
+        return None
+    return _panels(
+        table[table["series"].isin(kept)], width, "start", "series", SKIP_LOOKS, {}, "blocks after this one are skipped"
+    )
+
+
+def skipped_from_note(data: RunData) -> str:
+    """The caption of `skipped_from`."""
+    return (
+        "Every block after the start and before the last is skipped: a later start skips fewer. Controls (open markers): as many "
+        "blocks drawn at random, and text tokens of the prompt in place of image tokens. Bars are bootstrap intervals over "
+        "images; the dashed line with its band is the model as it is."
+    )
+
+
+@styled
+def subnetworks(data: RunData, width: float) -> Figure | None:
+    """Scores of the model on subnetworks against masks of equal size; None for a run of other conditions."""
+    table = mask_table(data)
+    if table is None:
+        return None
+    rules = (table["rule"] == "reference") | (table["tokens"] == "both")
+    table = (table[rules] if (table["tokens"] == "both").any() else table).assign(sparsity=100 * table["sparsity"])
+    return _panels(table, width, "sparsity", "rule", RULE_LOOKS, RULE_NAMES, "dropped for each kind of tokens (%)")
+
+
+def subnetworks_note(data: RunData) -> str:
+    """The caption of `subnetworks`."""
+    return (
+        "The model with only those weights of its blocks that image and text tokens of the prompt both activate (by Wanda's "
+        "score); across, the share of each row that each kind of tokens drops: what both keep is sparser. The controls keep as "
+        "many weights in every row: the largest, or random ones. Bars are bootstrap intervals over images; the dashed line with "
+        "its band is the model as it is."
+    )
