@@ -1,4 +1,4 @@
-"""What alignment points at, as edits: image tokens moved onto the text's mean, and the block that aligns them skipped."""
+"""What alignment points at, as edits: image tokens moved onto the text's mean, or not put through the block that aligns them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 from probes.alignment_grid import pooled_cosines
 from probes.alignment_sample import Sample
 from probes.alignment_states import IMAGE, TEXT
-from slitlamp.decoding.edits import skip_block
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import Calls, CausalTarget, Edit
 from slitlamp.tracing.probe import EditsOf
@@ -42,8 +41,24 @@ def move_image_tokens(block: int, step: Tensor) -> EditsOf:
     return edits
 
 
-def _skip(block: int) -> EditsOf:
-    return lambda batch: skip_block(block)
+def skip_for_image_tokens(block: int) -> EditsOf:
+    """Let the image tokens pass a block unchanged; all other tokens go through it."""
+
+    def edits(batch: Batch) -> list[Edit]:
+        before: list[Tensor] = []
+
+        def keep(values: Tensor, calls: Calls) -> Tensor:
+            before[:] = [values]
+            return values
+
+        def put_back(values: Tensor, calls: Calls) -> Tensor:
+            if not calls.is_prefill:
+                return values
+            return torch.where(batch.image_mask.to(values.device)[..., None], before.pop().to(values.device), values)
+
+        return [Edit("resid_pre", block, keep), Edit("resid_post", block, put_back)]
+
+    return edits
 
 
 def causal_targets(sample: Sample, anatomy: Anatomy, n_draws: int, seed: int) -> list[CausalTarget]:
@@ -69,10 +84,10 @@ def causal_targets(sample: Sample, anatomy: Anatomy, n_draws: int, seed: int) ->
     others = rng.permutation([one for one in range(anatomy.n_layers) if one != block])[:n_draws].tolist()
     targets.append(
         CausalTarget(
-            name=f"block {block} skipped, which raises image-text cosine most",
-            target=_skip(block),
-            controls=tuple(_skip(one) for one in others),
-            control_name=f"another block skipped ({', '.join(str(one) for one in sorted(others))})",
+            name=f"image tokens pass block {block}, which raises image-text cosine most, unchanged",
+            target=skip_for_image_tokens(block),
+            controls=tuple(skip_for_image_tokens(one) for one in others),
+            control_name=f"the same at another block ({', '.join(str(one) for one in sorted(others))})",
         )
     )
     return targets

@@ -167,6 +167,68 @@ def grid_intervals(
     return pd.DataFrame(table).assign(n_items=min(len(rows), len(columns)), n_groups=len(names))
 
 
+def bucket_sums(pooled: Array, units: Array, buckets: Array, n_buckets: int) -> _Floats:
+    """Sums of unit vectors over the examples of each bucket: what `avg` and `mean` of a whole grid follow from.
+
+    Args:
+        pooled: [n, modality, layer, d], mean-pooled tokens.
+        units: [n, modality, layer, d], means of tokens at length 1.
+        buckets: [n], the bucket of each example (of its group, so that no group is in two).
+        n_buckets: how many there are.
+
+    Returns:
+        [bucket, reduction (avg, mean), modality, layer, d].
+    """
+    both = np.stack([unit(pooled.astype(np.float64)), units.astype(np.float64)], axis=1)
+    result = np.zeros((n_buckets, *both.shape[1:]))
+    np.add.at(result, buckets, both)
+    return result
+
+
+def whole_grid(sums: Array, counts: Array, *, n_resamples: int, seed: int) -> pd.DataFrame:
+    """Image-text `avg` and `mean` over the grid of ALL examples, from sums of unit vectors: memory does not grow with them.
+
+    The sum over a grid of cosines is the product of two sums of unit vectors. Intervals are those of `grid_intervals` with
+    buckets of groups in place of groups.
+
+    Args:
+        sums: [bucket, reduction, modality, layer, d]; see `bucket_sums`.
+        counts: [bucket], examples.
+        n_resamples, seed: of the bootstrap over buckets.
+
+    Returns:
+        reduction, layer, value, low, high, n_items, n_buckets (that hold an example).
+    """
+    there = counts > 0
+    sums, counts = sums[there], counts[there]
+    first, second = sums[:, :, 0], sums[:, :, 1]  # [bucket, reduction, layer, d]
+    n_items = counts.sum()
+    rows = np.einsum("brld,rld->brl", first, second.sum(axis=0)).reshape(len(counts), -1) / n_items
+    columns = np.einsum("rld,brld->brl", first.sum(axis=0), second).reshape(len(counts), -1) / n_items
+    whole = rows.sum(axis=0) / n_items
+    k = len(whole)
+
+    def statistic(total: _Floats) -> _Floats:
+        return ratio(total[..., :k] + total[..., k:-1], total[..., -1:]) - whole
+
+    found = cluster_bootstrap(
+        np.hstack([rows, columns, counts[:, None]]), statistic, n_resamples=n_resamples, seed=seed
+    )
+    assert isinstance(found, list)
+    n_layers = k // 2
+    return pd.DataFrame(
+        {
+            "reduction": np.repeat(["avg", "mean"], n_layers),
+            "layer": np.tile(np.arange(n_layers), 2),
+            "value": [one.value for one in found],
+            "low": [one.low for one in found],
+            "high": [one.high for one in found],
+            "n_items": int(n_items),
+            "n_buckets": len(counts),
+        }
+    )
+
+
 def mean_intervals(values: Array, groups: Array, *, n_resamples: int, seed: int) -> pd.DataFrame:
     """Means over examples with their intervals, groups (images) resampled.
 

@@ -65,6 +65,7 @@ class Measured:
             token `interval` layers on); NaN where there is no such layer.
         moments: float64 [2, modality, layer, d], sums over the batch of the tokens' means and mean squares.
         massive: float64 [layer, d], the number of tokens with a massive activation there.
+        units: float32 [batch, modality, layer, d], mean over tokens of the states at length 1.
     """
 
     pooled: Array
@@ -72,6 +73,7 @@ class Measured:
     change: Array
     moments: Array
     massive: Array
+    units: Array
 
 
 def measure(states: Sequence[Tensor], masks: Tensor, intervals: Sequence[int]) -> Measured:
@@ -84,6 +86,7 @@ def measure(states: Sequence[Tensor], masks: Tensor, intervals: Sequence[int]) -
     """
     n_batch, n_layers, width = len(states[0]), len(states), states[0].shape[-1]
     pooled = np.zeros((n_batch, 2, n_layers, width), dtype=np.float32)
+    units = np.zeros_like(pooled)
     norm = np.zeros((n_batch, 2, n_layers), dtype=np.float32)
     change = np.full((n_batch, len(intervals), 2, n_layers), np.nan, dtype=np.float32)
     moments = np.zeros((2, 2, n_layers, width))
@@ -93,6 +96,7 @@ def measure(states: Sequence[Tensor], masks: Tensor, intervals: Sequence[int]) -
         here = masks.to(values.device)
         counts[layer] = (massive(values) & here.any(dim=0)[..., None]).sum(dim=(0, 1)).cpu().numpy()
         norms, squares = values.norm(dim=-1), values.square()
+        at_length_1 = values / torch.where(norms == 0, 1.0, norms)[..., None]
         later = {
             place: cosine_similarity(values, states[layer + step].to(values.device).float(), dim=-1)
             for place, step in enumerate(intervals)
@@ -101,13 +105,14 @@ def measure(states: Sequence[Tensor], masks: Tensor, intervals: Sequence[int]) -
         for modality, mask in enumerate(here):
             mean = masked_mean(values, mask)
             pooled[:, modality, layer] = mean.cpu().numpy()
+            units[:, modality, layer] = masked_mean(at_length_1, mask).cpu().numpy()
             median = torch.where(mask, norms, torch.nan).nanquantile(0.5, dim=1)
             norm[:, modality, layer] = median.cpu().numpy()
             moments[0, modality, layer] = mean.double().sum(dim=0).cpu().numpy()
             moments[1, modality, layer] = masked_mean(squares, mask).double().sum(dim=0).cpu().numpy()
             for place, cosines in later.items():
                 change[:, place, modality, layer] = masked_mean(cosines, mask).cpu().numpy()
-    return Measured(pooled, norm, change, moments, counts)
+    return Measured(pooled, norm, change, moments, counts, units)
 
 
 def token_slots(masks: Tensor, items: Sequence[str], limit: int, seed: int) -> Array:

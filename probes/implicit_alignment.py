@@ -12,7 +12,7 @@ import pandas as pd
 from probes import alignment_tables as tables_of
 from probes.alignment_causal import causal_targets
 from probes.alignment_compare import compare
-from probes.alignment_grid import REDUCTIONS, Reduction
+from probes.alignment_grid import REDUCTIONS, Reduction, bucket_sums, whole_grid
 from probes.alignment_sample import (
     STREAM,
     Bootstrap,
@@ -52,8 +52,10 @@ class ImplicitAlignment(GatheringProbe):
     from the image only there (the paper's captions are such text; for prompts the choice is ours [?]).
 
     What is kept. Of every item a small row: norms, changes across depth, divergences. Of every layer the sums over items
-    of means and mean squares, and of massive activations: these do not grow with the data set. Similarities of mean-pooled
-    tokens (`avg`) need one vector per item, modality and layer: they are kept of at most `max_items` items. The other
+    of means and mean squares, and of massive activations: these do not grow with the data set. Nor do the sums of unit
+    vectors from which raw `avg` and `mean` over the grid of all items follow (table `whole_grid`). The spread of a grid,
+    its matched pairs and the other two spaces, which are known only at the end, need one vector per item, modality and
+    layer: they are kept of at most `max_items` items, and the curves (`avg`) are over these. The other
     reductions, tokenwise changes without massive dimensions and the pictures of tokens need tokens: they are kept of at
     most `token_items` items, at most `max_tokens` per modality. The items are those of the smallest hash of their names:
     a random sample that depends neither on the order of the items nor on the batches. In float32 that is, for d_model 4096
@@ -74,6 +76,7 @@ class ImplicitAlignment(GatheringProbe):
         vocabulary: whether to read states through the final norm and the head.
         n_ids: how many vocabulary ids to list per layer and modality.
         max_items: how many items similarities are over (the paper: 200); None for all.
+        n_buckets: into how many buckets of images the sums of unit vectors over all items are split, for their intervals.
         token_items, max_tokens: of how many items how many tokens of each modality are kept.
         embedding: the picture of tokens: "tsne" (with PCA), "pca" or "none".
         embedding_layers: its layers; None for the first, the middle and the last.
@@ -94,6 +97,7 @@ class ImplicitAlignment(GatheringProbe):
     vocabulary: bool = True
     n_ids: int = 12
     max_items: int | None = 200
+    n_buckets: int = 20
     token_items: int = 16
     max_tokens: int = 64
     embedding: Embedding = "tsne"
@@ -130,6 +134,7 @@ class ImplicitAlignment(GatheringProbe):
                 raise unknown(what, value, known)
         numbers = {
             "max_items": self.max_items,
+            "n_buckets": self.n_buckets,
             "token_items": self.token_items,
             "max_tokens": self.max_tokens,
             "n_ids": self.n_ids,
@@ -173,6 +178,11 @@ class ImplicitAlignment(GatheringProbe):
         items = {"item": np.array(batch.ids, dtype=str), "group": np.array(batch.groups, dtype=str)}
         self._rows(**items, norm=found.norm, change=found.change)
         self._sums(moments_stream=found.moments, massive_stream=found.massive)
+        buckets = np.array([item_hash(self.seed, "bucket", one) % self.n_buckets for one in batch.groups])
+        self._sums(
+            grid_sums=bucket_sums(found.pooled, found.units, buckets, self.n_buckets),
+            grid_counts=np.bincount(buckets, minlength=self.n_buckets),
+        )
         vectors = {"vector_stream": found.pooled}
         for tap in self._taps(anatomy):
             record = trace[tap]
@@ -268,12 +278,19 @@ class ImplicitAlignment(GatheringProbe):
         return [tap for tap in TAPS if self._has(f"layers_{tap}")]
 
     def result(self) -> ProbeResult:
-        """Tables `similarity`, `ima`, `reductions`, `change`, `token_change`, `norms`, `massive`; with `inside` `inside` and
-        `inside_similarity`; with `vocabulary` `kl`, `entropy`, `vocabulary_change`, `vocabulary_histogram`; `tokens`.
+        """The ten quantities of IMA that are of activations, by table (7 to 9, of weights and of skipping, are elsewhere).
+
+        1: `similarity` (avg, by layer, with baselines), `whole_grid` (avg and mean of all items), `reductions`.
+        2: `ima` (both variants of the score). 3: `change` and, in all spaces and with controls, `token_change`. 4: `norms`.
+        5: `inside`, `inside_similarity`. 6: `kl`, `entropy`, `vocabulary_change`, `vocabulary_histogram`. 10: `compare`.
+        Besides: `massive` (what "removed" removes) and `tokens` (in two dimensions).
         """
         sample = self.sample()
         groups, bootstrap, steps = self._get("group"), sample.bootstrap, self._get("steps").tolist()
         tables = dict(zip(("similarity", "ima"), similarity(sample), strict=True))
+        tables["whole_grid"] = whole_grid(
+            self._get("grid_sums"), self._get("grid_counts"), n_resamples=self.n_resamples, seed=self.seed
+        )
         tables["reductions"] = reductions(sample, self.reductions)
         tables["change"] = self._change("change", steps, groups, bootstrap)
         tables["token_change"] = token_change(sample, steps)
@@ -345,7 +362,7 @@ class ImplicitAlignment(GatheringProbe):
         )
 
     def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
-        """Image tokens moved onto the mean of the text where alignment rises most, and the block that raises it skipped."""
+        """Image tokens moved onto the mean of the text where alignment rises most, or kept out of the block that raises it."""
         return causal_targets(self.sample(), anatomy, self.n_draws, self.seed)
 
     @classmethod

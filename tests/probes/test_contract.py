@@ -19,6 +19,8 @@ import torch
 from probes import (
     ActivationPatching,
     AttentionKnockout,
+    LogitLens,
+    AttentionRollout,
     ClsOutliers,
     HeadDivergence,
     ImplicitAlignment,
@@ -54,6 +56,7 @@ class Case:
 
 HEADS = ("heads", "vhd")
 PROBES: dict[str, Case] = {
+    "LogitLens": Case(lambda: LogitLens(n_resamples=50), ("text", "value"), needs_image=False),
     "ActivationPatching": Case(
         lambda: ActivationPatching(n_resamples=50, layers=[1], directions=["denoising"], min_difference=0.1),
         ("positions", "effect"),
@@ -72,6 +75,8 @@ PROBES: dict[str, Case] = {
     "ClsOutliers received": Case(
         lambda: ClsOutliers(n_resamples=50, encoder_attention="received"), ("concentration", "top_share")
     ),
+    "AttentionRollout": Case(lambda: AttentionRollout(n_resamples=50), ("depths", "image")),
+    "AttentionRollout flow": Case(lambda: AttentionRollout(n_resamples=50, flow_share=1.0), ("shares", "image")),
     "HeadDivergence": Case(lambda: HeadDivergence(n_resamples=50), HEADS),
     "HeadDivergence zero": Case(lambda: HeadDivergence(contrast="zero", n_resamples=50), HEADS),
     "HeadDivergence mean": Case(lambda: HeadDivergence(contrast="mean", n_resamples=50), HEADS),

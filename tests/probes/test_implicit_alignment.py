@@ -13,10 +13,11 @@ import torch
 from scipy.stats import entropy
 
 from probes import ImplicitAlignment
-from probes.alignment_causal import largest_rise
+from probes.alignment_causal import largest_rise, skip_for_image_tokens
 from probes.alignment_states import token_masks
 from slitlamp.errors import InputError, UnknownNameError
 from slitlamp.models import Batch
+from slitlamp.tracing import sites
 from slitlamp.vlm import VLM
 
 CHEAP: dict[str, Any] = {"n_resamples": 30, "embedding": "none", "inside": False, "vocabulary": False}
@@ -80,6 +81,9 @@ def test_equal_to_loops_over_hugging_face_hidden_states(llava: VLM, captions: Ba
         for column, value in expected.items():
             one = rows(tables["similarity"], column, pair="image-text", variant="raw")[layer]
             assert one == pytest.approx(value, abs=1e-5), (layer, column)
+        whole = tables["whole_grid"].set_index(["reduction", "layer"])["value"]
+        assert whole["avg", layer] == pytest.approx(np.mean(avg), abs=1e-5)
+        assert whole["mean", layer] == pytest.approx(np.mean(mean), abs=1e-5)
         inputs = rows(tables["similarity"], pair="input image-text", variant="raw")
         assert inputs[layer] == pytest.approx(np.mean(score), abs=1e-5)
         for name, grid in (("mean", mean), ("max_mean", largest)):
@@ -218,6 +222,7 @@ def test_which_items_are_kept_depends_on_their_names_alone(llava: VLM, image: An
     assert len(one.state()["rows.vector_item"]) == 3
     assert one.state()["rows.token_states"].shape[:3] == (2, 2, 3)
     assert len(one.state()["rows.item"]) == 6
+    assert one.result().tables["whole_grid"]["n_items"].eq(6).all()
     half, rest = measured([0, 1, 2]), measured([3, 4, 5])
     half.merge(rest)
     np.testing.assert_array_equal(half.state()["rows.vector_stream"], one.state()["rows.vector_stream"])
@@ -249,7 +254,7 @@ def test_intervals_too_long_for_the_model_are_dropped(llava: VLM, captions: Batc
 def test_causal_targets_move_image_tokens_alone_and_equally_far(llava: VLM, captions: Batch) -> None:
     probe = ImplicitAlignment(**CHEAP)
     planted(probe, llava, captions)
-    moved, skipped = probe.causal_targets(llava.anatomy)
+    moved, passed = probe.causal_targets(llava.anatomy)
     values = torch.zeros(captions.size, captions.length, llava.anatomy.d_model)
 
     class Prefill:
@@ -272,7 +277,18 @@ def test_causal_targets_move_image_tokens_alone_and_equally_far(llava: VLM, capt
     a, b = ANGLES[2]
     expected = torch.tensor([math.cos(b) - 3 * math.cos(a), -3 * math.sin(a), math.sin(b)])
     np.testing.assert_allclose(steps[0][captions.image_mask][0][:3], expected, atol=1e-6)
-    assert len(skipped.controls) == 2  # the other blocks of three
+    assert len(passed.controls) == 2  # the other blocks of three
+
+
+def test_image_tokens_pass_a_block_and_text_goes_through(llava: VLM, captions: Batch) -> None:
+    with llava.trace(sites.resid_pre(layers=1), sites.resid_post(layers=1)) as plain:
+        llava.forward(captions)
+    with llava.trace(sites.resid_post(layers=1)) as edited:
+        llava.forward(captions, edits=skip_for_image_tokens(1)(captions))
+    image, _ = token_masks(captions, "all", "with", True)
+    real = plain.mask("resid_post")
+    assert torch.equal(edited["resid_post"][1][image], plain["resid_pre"][1][image])
+    assert torch.equal(edited["resid_post"][1][real & ~image], plain["resid_post"][1][real & ~image])
 
 
 def test_figures_are_drawn_from_the_tables(llava: VLM, captions: Batch) -> None:

@@ -9,7 +9,16 @@ from scipy.spatial.distance import cosine
 from scipy.stats import entropy
 from sklearn.preprocessing import StandardScaler
 
-from probes.alignment_grid import REDUCTIONS, grid_intervals, mean_intervals, pooled_cosines, token_cosines, unit
+from probes.alignment_grid import (
+    REDUCTIONS,
+    bucket_sums,
+    grid_intervals,
+    mean_intervals,
+    pooled_cosines,
+    token_cosines,
+    unit,
+    whole_grid,
+)
 from probes.alignment_space import Space, massive
 from probes.alignment_states import item_hash, measure, token_slots
 from probes.alignment_vocabulary import divergence, pooled
@@ -48,6 +57,21 @@ def test_mean_and_spread_of_a_grid_follow_from_sums_over_examples() -> None:
     assert grid.mean() == pytest.approx(a.mean(axis=0) @ b.mean(axis=0), abs=1e-12)
     second_moment = np.trace((a.T @ a / len(a)) @ (b.T @ b / len(b)))
     assert grid.var() == pytest.approx(second_moment - grid.mean() ** 2, abs=1e-12)
+
+
+def test_whole_grid_has_the_intervals_of_the_grid_itself() -> None:
+    """With a bucket for every example, sums of unit vectors give what the cosines of all pairs give."""
+    rng = np.random.default_rng(8)
+    states = rng.normal(size=(30, 2, 1, 6)).astype(np.float32) + np.eye(6, dtype=np.float32)[0]
+    sums = bucket_sums(states, np.zeros_like(states), np.arange(30), 31)
+    counts = np.append(np.ones(30), 0)
+    found = whole_grid(sums, counts, n_resamples=500, seed=0).iloc[0]
+    grid = pooled_cosines(states[:, 0, 0], states[:, 1, 0])[None]
+    names = np.array([f"{n:02d}" for n in range(30)])
+    expected = grid_intervals(grid, names, names, paired=True, n_resamples=500, seed=0).iloc[0]
+    for column in ("value", "low", "high"):
+        assert found[column] == pytest.approx(expected[column], abs=1e-9)
+    assert found["n_buckets"] == 30
 
 
 def test_the_zero_vector_has_cosine_zero() -> None:
