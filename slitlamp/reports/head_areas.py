@@ -52,7 +52,7 @@ def t_vhd_areas(tables: Tables, width: float) -> Figure | None:
     panels = {} if words is None else {"words": words}
     if of_sentences is not None:
         for kind, rows in of_sentences.groupby("mean_over", sort=False):
-            panels[f"sentences, mean of {'all tokens' if kind == 'tokens' else kind}"] = rows
+            panels[f"sentences: {'all tokens' if kind == 'tokens' else kind}"] = rows
     panels = {name: rows for name, rows in panels.items() if rows["auroc"].notna().any()}
     if not panels:
         return None
