@@ -2,6 +2,7 @@
 
 from probes.activation_patching import ActivationPatching
 from probes.attention_knockout import AttentionKnockout
+from probes.attention_rollout import AttentionRollout
 from probes.cls_outliers import ClsOutliers
 from probes.head_divergence import HeadDivergence
 from probes.implicit_alignment import ImplicitAlignment
@@ -13,6 +14,7 @@ from probes.truthful_direction import TruthfulDirection
 __all__ = [
     "ActivationPatching",
     "AttentionKnockout",
+    "AttentionRollout",
     "ClsOutliers",
     "HeadDivergence",
     "ImplicitAlignment",
