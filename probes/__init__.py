@@ -6,6 +6,7 @@ from probes.attention_rollout import AttentionRollout
 from probes.cls_outliers import ClsOutliers
 from probes.head_divergence import HeadDivergence
 from probes.implicit_alignment import ImplicitAlignment
+from probes.logit_lens import LogitLens
 from probes.subnetworks import Subnetworks
 from probes.token_ablation import TokenAblation
 from probes.token_ledger import TokenLedger
@@ -18,6 +19,7 @@ __all__ = [
     "ClsOutliers",
     "HeadDivergence",
     "ImplicitAlignment",
+    "LogitLens",
     "Subnetworks",
     "TokenAblation",
     "TokenLedger",

@@ -19,11 +19,11 @@ import torch
 from probes import (
     ActivationPatching,
     AttentionKnockout,
-    LogitLens,
     AttentionRollout,
     ClsOutliers,
     HeadDivergence,
     ImplicitAlignment,
+    LogitLens,
     Subnetworks,
     TokenAblation,
     TokenLedger,
