@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -96,6 +97,13 @@ def chosen_signals(names: Sequence[str] | None) -> list[Signal]:
     return [one for one in SIGNALS.values() if one.name in names]
 
 
+def signal_table(signals: Sequence[Signal]) -> pd.DataFrame:
+    """One row per signal: signal, title, family, sign, meaning, source."""
+    columns = ("title", "family", "sign", "meaning", "source")
+    rows = [{"signal": one.name, **{name: getattr(one, name) for name in columns}} for one in signals]
+    return pd.DataFrame(rows)
+
+
 def hellinger(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Hellinger distance of distributions given by their logarithms: [..., outcome] to [...], between 0 and 1."""
     return (0.5 * ((0.5 * log_p).exp() - (0.5 * log_q).exp()).square().sum(dim=-1)).clamp(max=1).sqrt()
@@ -140,10 +148,12 @@ def attention_outliers(readings: Readings) -> Tensor:
 
 
 def attention_entropy(readings: Readings) -> Tensor:
-    """Entropy of the attention over the image tokens of each layer, over its largest possible value; mean over layers."""
+    """Entropy of the attention over the image tokens of each layer, over its largest possible value; mean over the layers
+    that look at the image at all (a sliding window may leave it out of sight).
+    """
     weights = readings.attention
-    spread = entropy(weights / weights.sum(dim=-1, keepdim=True))
-    return spread.mean(dim=-1) / readings.n_image_tokens.to(spread).log()
+    spread = entropy(weights / weights.sum(dim=-1, keepdim=True))  # NaN where there is no weight
+    return spread.nanmean(dim=-1) / readings.n_image_tokens.to(spread).log()
 
 
 def lens_agreement(readings: Readings) -> Tensor:

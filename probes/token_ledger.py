@@ -12,7 +12,7 @@ import pandas as pd
 from probes.ledger_combination import combination_table, out_of_fold
 from probes.ledger_ranking import FALSE, TRUE, Detection, agreement_table, ranking_table, redundancy_table
 from probes.ledger_readings import Need, Readings, Settings, checked_layer, sites_for, views_for
-from probes.ledger_signals import Signal, chosen_signals
+from probes.ledger_signals import Signal, chosen_signals, signal_table
 from slitlamp.errors import InputError
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import GatheringProbe, Probe, ProbeResult, Site, Trace, View
@@ -119,7 +119,7 @@ class TokenLedger(GatheringProbe):
             self._rows(state=readings.state.cpu().numpy())
 
     def result(self) -> ProbeResult:
-        """Tables `ledger`, `ranking`, `redundancy` and `combination`.
+        """Tables `ledger`, `ranking`, `signals` (what each is, and from where), `redundancy` and `combination`.
 
         Raises:
             InputError: nothing was taken in, or no object was named.
@@ -132,7 +132,7 @@ class TokenLedger(GatheringProbe):
             ledger, signals, ranking, states,
             detection=self._detection(), n_folds=self.n_folds, penalty=self.penalty,
         )  # fmt: skip
-        tables = {"ledger": ledger, "ranking": ranking}
+        tables = {"ledger": ledger, "ranking": ranking, "signals": signal_table(signals)}
         tables |= {"redundancy": redundancy} if len(redundancy) else {}
         tables |= {"combination": combined} if len(combined) else {}
         return ProbeResult(name=self.name, tables=tables, summary=_summary(tables))
@@ -226,20 +226,30 @@ def _numbers(signal: Signal, readings: Readings, count: int) -> np.ndarray[Any, 
 
 
 def _summary(tables: dict[str, pd.DataFrame]) -> str:
-    """The best signal, what the combination adds, and which signals point the wrong way."""
+    """The best signal and what is left of it at equal position, what the combination adds, and what points the wrong way."""
     ranking = tables["ranking"]
     real = ranking[(ranking["family"] != "null") & ranking["auroc"].notna()]
     if real.empty:
         return f"No signal can be ranked: the {len(tables['ledger'])} named objects are all true or all hallucinated."
     best = real.iloc[0]
     text = (
-        f"Of {len(real)} signals {best['title']} finds hallucinated objects best: AUROC {best['auroc']:.3f} "
-        f"[{best['low']:.3f}, {best['high']:.3f}] over {int(best['n_tokens'])} named objects of {int(best['n_images'])} images."
+        f"Of {len(real)} signals {best['title']} finds hallucinated objects best: AUROC {best['auroc']:.2f} "
+        f"[{best['low']:.2f}, {best['high']:.2f}]"
     )
+    if np.isfinite(best["partial"]):
+        text += (
+            f", and {best['partial']:.2f} [{best['partial_low']:.2f}, {best['partial_high']:.2f}] at equal position and object "
+            "frequency"
+        )
+    text += f" (chance .5; {int(best['n_tokens'])} named objects of {int(best['n_images'])} images)."
+    if "combination" in tables:
+        row = tables["combination"].iloc[0]
+        text += (
+            f" All signals together change that by {row['difference']:+.3f} [{row['difference_low']:+.3f}, "
+            f"{row['difference_high']:+.3f}]."
+        )
     wrong = real.loc[real["agrees"] == "no", "title"]
-    if len(wrong):
-        text += f" Against the declared direction: {', '.join(wrong)}."
-    return text
+    return text + (f" Against the declared direction: {', '.join(wrong)}." if len(wrong) else "")
 
 
 def _agreement_summary(agreement: pd.DataFrame) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,17 @@ from slitlamp.reports import ledger_maps as maps
 from slitlamp.reports.draw import category_axis, interval_point, is_narrow, legend_below, reference_line
 from slitlamp.reports.drawing import Drawing, Tables
 from slitlamp.reports.style import ConditionStyle, condition_styles, new_figure, short_names, styled
-from slitlamp.reports.wording import Estimate, against_chance, count, join, number, sentence
+from slitlamp.reports.wording import Estimate, count, join, number, sentence
 
 TOP: Final = 3
 """How many signals have their ROC curve drawn beside the combination's."""
 CLASSES: Final = 4
 """How many signals have their distributions drawn."""
+REFERENCES: Final = {
+    "output and baselines": "what can be had without a look inside (output distribution, position, mention, frequency)",
+    "baselines": "position, mention and frequency",
+}
+"""In a sentence, what combinations are compared with."""
 
 
 def ranked(tables: Tables) -> pd.DataFrame | None:
@@ -207,40 +213,62 @@ def _comparison_caption(tables: Tables) -> str:
 
 
 def ledger_headline(tables: Tables) -> list[str]:
-    """Three plain sentences on the ledger: the best signal, what all of them add, and what is left without the baselines."""
+    """Three plain sentences on the ledger: the best signal, what is left when position and frequency are held fixed, and what a
+    look inside adds to what the output says.
+    """
     rows = ranked(tables)
     if rows is None:
         return []
     single = rows[~rows["family"].isin(["together", "null"])]
     if single.empty:
         return []
-    best, worst = single.iloc[0], single[single["agrees"] == "no"]
-    clear = single[single["agrees"] == "yes"]
+    best = single.iloc[0]
     lines = [
-        f"Of {count(len(single), 'signal')} read off at the moment before an object is named, "
-        f"{best['title']} tells hallucinated from true objects best: AUROC {Estimate.of(best.to_dict(), 'auroc').text(2)} "
-        f"over {_sizes(tables)}."
+        f"Of {count(len(single), 'signal')} read at the moment before the model names an object, {best['title']} tells "
+        f"hallucinated from true objects best: AUROC {Estimate.of(best.to_dict(), 'auroc').text(2)}, where chance is .5, over "
+        f"{_sizes(tables)}."
     ]
-    text = f"{len(clear)} of {len(single)} point where they were expected to, with intervals above chance"
-    if len(worst):
-        text += f"; {join(list(worst['title']))} {'points' if len(worst) == 1 else 'point'} the other way"
-    lines.append(sentence(text))
-    lines += _together_sentence(tables)
-    return lines
+    return lines + _direction_sentence(single) + _together_sentence(tables)
+
+
+def _direction_sentence(single: pd.DataFrame) -> list[str]:
+    clear, against = single[single["agrees"] == "yes"], single[single["agrees"] == "no"]
+    text = f"{len(clear)} of them point the way that was declared beforehand (false discovery rate 5 %)"
+    if len(against):
+        text += f", {join(list(against['title']))} the other way"
+    kept = clear[clear["partial_low"] > 0.5]
+    lost = clear[clear["partial"].notna() & ~(clear["partial_low"] > 0.5)]
+    if len(kept) + len(lost):
+        text += (
+            f"; when position in the caption and object frequency are held fixed, {len(kept)} of the {len(kept) + len(lost)} "
+            "still tell more than chance"
+        )
+    if len(lost):
+        text += f", and {join(list(lost['title']))} {'does' if len(lost) == 1 else 'do'} not"
+    return [sentence(text)]
 
 
 def _together_sentence(tables: Tables) -> list[str]:
     together = tables.get("combination")
-    if together is None or "difference" not in together:
+    if together is None:
         return []
-    row = together.iloc[0].to_dict()
+    every = together[together["combination"] == "all signals"]
+    if every.empty:
+        return []
+    area = Estimate.of(every.iloc[0].to_dict(), "auroc").text(2)
+    parts = [_against(row) for row in every.head(2).to_dict("records")]
+    return [sentence(f"all signals together, cross-validated by image, reach AUROC {area}: {join(parts)}")]
+
+
+def _against(row: Mapping[str, Any]) -> str:
+    """A combination against another detector, as a clause."""
     gain = Estimate.of(row, "difference", "difference_low", "difference_high")
-    clause = against_chance(
-        f"the gain of all signals together (AUROC {Estimate.of(row, 'auroc').text(2)}, cross-validated by image) over the best "
-        "single one",
-        gain, 0.0, "no gain", 3,
-    )  # fmt: skip
-    return [sentence(clause)]
+    name = REFERENCES.get(str(row["against"]), str(row["against"]))
+    if not gain.direction:
+        return f"not distinguishable from {name} (difference {gain.text(3, signed=True)})"
+    where = "above" if gain.direction == "up" else "below"
+    size = Estimate(abs(gain.value), *sorted((abs(gain.low), abs(gain.high))))
+    return f"{where} {name} by {size.text(3)}"
 
 
 FIGURES: Final = {
