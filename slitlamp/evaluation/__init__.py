@@ -12,6 +12,15 @@ from slitlamp.evaluation.chair import (
     read_captions,
     recall_curve,
 )
+from slitlamp.evaluation.detection import adjusted_auroc, auroc_difference, auroc_interval, stratified_auroc
+from slitlamp.evaluation.operating_points import (
+    calibrated_error,
+    calibration_curve,
+    detection_table,
+    expected_calibration_error,
+    operating_point,
+    threshold_at_fpr,
+)
 from slitlamp.evaluation.pope import (
     PopeQuestion,
     build_pope,
@@ -44,16 +53,24 @@ __all__ = [
     "PermutationTest",
     "PopeQuestion",
     "Synonyms",
+    "adjusted_auroc",
+    "auroc_difference",
+    "auroc_interval",
     "benjamini_hochberg",
     "build_pope",
+    "calibrated_error",
+    "calibration_curve",
     "chair_differences",
     "chair_mentions",
     "chair_rows",
     "chair_scores",
     "cluster_bootstrap",
     "correlation_interval",
+    "detection_table",
+    "expected_calibration_error",
     "matched_recall",
     "mcnemar",
+    "operating_point",
     "paired_bootstrap",
     "parse_answer",
     "permutation_test",
@@ -65,5 +82,7 @@ __all__ = [
     "read_pope_answers",
     "read_tsv_images",
     "recall_curve",
+    "stratified_auroc",
+    "threshold_at_fpr",
     "write_pope",
 ]
