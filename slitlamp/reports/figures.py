@@ -12,7 +12,7 @@ from typing import Final
 from matplotlib.figure import Figure
 
 from slitlamp.errors import InputError, unknown
-from slitlamp.reports import compose, findings, head_layers, notes, probe_findings, probe_sections
+from slitlamp.reports import compose, findings, head_layers, notes, probe_findings, probe_sections, skipping
 from slitlamp.reports.data import RunData
 from slitlamp.reports.drawing import Drawing
 from slitlamp.reports.style import WIDE, style
@@ -67,6 +67,18 @@ SWEEPS: Final[dict[str, RunFigure]] = {
         head_layers.reinforced_layers,
         head_layers.reinforced_layers_note,
         lambda data: [],
+    ),
+    "skipped_operations": RunFigure(
+        "Computation that image tokens can skip",
+        skipping.skipped_operations,
+        skipping.skipped_operations_note,
+        lambda data: [],
+    ),
+    "skipped_from": RunFigure(
+        "From which block on", skipping.skipped_from, skipping.skipped_from_note, lambda data: []
+    ),
+    "subnetwork_masks": RunFigure(
+        "Subnetworks against masks of equal size", skipping.subnetworks, skipping.subnetworks_note, lambda data: []
     ),
     "generation_time": RunFigure(
         "What each condition costs", head_layers.generation_time, head_layers.generation_time_note, lambda data: []
