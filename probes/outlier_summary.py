@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from probes.outlier_data import Settings
+from probes.outlier_tables import NEIGHBOURS
 
 
 def summary(tables: dict[str, pd.DataFrame], settings: Settings) -> str:
@@ -48,16 +49,19 @@ def _towers(tables: dict[str, pd.DataFrame]) -> str:
 def _influence(table: pd.DataFrame | None) -> str:
     if table is None:
         return ""
-    found = {
-        row["tokens"]: row
-        for _, row in table[table["features"] & (table["compared"] == "within images")].iterrows()
-        if row["n_items"]
-    }
-    if "influence" not in found:
+    found = {(row["tokens"], row["compared"]): row for _, row in table[table["features"]].iterrows() if row["n_items"]}
+    if ("influence", "within images") not in found:
         return ""
-    one, other = found["influence"], found["matched"]
+    one, other = found["influence", "within images"], found["matched", "within images"]
+    beside = found.get(("influence", NEIGHBOURS))
+    place = ""
+    if beside is not None:
+        place = (
+            f"; against the true objects named before and after: {beside['difference']:+.3f} [{beside['low']:+.3f}, "
+            f"{beside['high']:+.3f}], n = {int(beside['n_items'])}"
+        )
     return (
         f"At hallucinated objects the decoder's attention to the first tokens differs from that at true ones by "
         f"{one['difference']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}] (matched tokens: {other['difference']:+.3f} "
-        f"[{other['low']:+.3f}, {other['high']:+.3f}]; n = {int(one['n_items'])})."
+        f"[{other['low']:+.3f}, {other['high']:+.3f}]; n = {int(one['n_items'])}{place})."
     )

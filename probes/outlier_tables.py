@@ -17,7 +17,7 @@ from probes.outlier_data import (
     mean_intervals,
 )
 from probes.outlier_definitions import expected_jaccard
-from slitlamp.evaluation.statistics import FloatArray, cluster_bootstrap, ratio
+from slitlamp.evaluation.statistics import FloatArray, Interval, cluster_bootstrap, ratio
 from slitlamp.tracing.probe import Array
 
 N_SIZES = 64
@@ -92,6 +92,7 @@ def overlap_table(tokens: Tokens, settings: Settings) -> pd.DataFrame:
 
 KINDS = ("influence", "random", "matched")
 LABELS = ("object", "hallucinated")
+NEIGHBOURS = "between true neighbours"
 
 
 def influence_tables(
@@ -101,7 +102,8 @@ def influence_tables(
 
     Columns of the first: `influence` (tokens first in the encoder's attention), `random` (as many at random), `matched` (as
     many others, each the nearest in the decoder's attention at the end of the prompt), `chance` (their share of the tokens).
-    The second gives hallucinated minus true: "within images" over images with both kinds, "between images" over all.
+    The second gives hallucinated minus true: "within images" over images with both kinds, "between images" over all, and
+    `NEIGHBOURS`, which holds the place in the text fixed: hallucinated objects come late, and attention changes along a text.
     """
     values = get("mention_influence").astype(np.float64)  # [mention, layer, kind]
     label, item = get("mention_label"), get("mention_item")
@@ -133,7 +135,35 @@ def influence_tables(
                 for how in ("within images", "between images"):
                     one = _difference({name: sums[name][:, layer, kind] for name in LABELS}, found, how, settings)
                     differences.append({**head, "tokens": column, "compared": how, **one})
+                beside = against_neighbours(values[:, layer, kind], get("mention_token"), label, place, n_items)
+                if np.isfinite(beside).any():
+                    (found_here,) = intervals(beside[:, None], settings, p_value=True)
+                    numbers = _numbers(found_here)
+                    n = int(np.isfinite(beside).sum())
+                    differences.append({**head, "tokens": column, "compared": NEIGHBOURS, **numbers, "n_items": n})
     return pd.DataFrame(rows), pd.DataFrame(differences)
+
+
+def against_neighbours(values: FloatArray, token: Array, label: Array, item: Array, n_items: int) -> FloatArray:
+    """Per item, the mean over hallucinated objects between two true ones of their value minus that of the nearest true ones
+    before and after, interpolated to the same token; NaN where there is none.
+
+    Args:
+        values, token, label, item: [mention]; `item` is a number.
+        n_items: how many items.
+    """
+    found = np.full(n_items, np.nan)
+    for one in range(n_items):
+        here = item == one
+        true, false = here & (label == "object"), here & (label == "hallucinated")
+        if true.sum() < 2:
+            continue
+        order = np.argsort(token[true])
+        places, known = token[true][order], values[true][order]
+        inside = false & (token > places[0]) & (token < places[-1])
+        if inside.any():
+            found[one] = float((values[inside] - np.interp(token[inside], places, known)).mean())
+    return found
 
 
 def _ratio_interval(total: FloatArray, count: FloatArray, settings: Settings) -> tuple[float, float, float]:
@@ -170,7 +200,11 @@ def _difference(
             p_value=True,
         )
         one, n = found[0] if isinstance(found, list) else found, int(some.sum())
-    return {"difference": one.value, "low": one.low, "high": one.high, "p": one.p, "n_items": n}
+    return {**_numbers(one), "n_items": n}
+
+
+def _numbers(difference: Interval) -> dict[str, object]:
+    return {"difference": difference.value, "low": difference.low, "high": difference.high, "p": difference.p}
 
 
 def outliers_table(tokens: Tokens, masks: dict[str, Mask], settings: Settings) -> pd.DataFrame:

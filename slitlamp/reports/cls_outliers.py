@@ -15,8 +15,6 @@ from slitlamp.reports.cls_outliers_maps import maps
 from slitlamp.reports.draw import is_narrow, legend_below
 from slitlamp.reports.drawing import Drawing, Tables
 from slitlamp.reports.style import (
-    GREEN,
-    INK,
     TOKEN_COLOURS,
     TOKEN_MARKERS,
     TOKEN_NAMES,
@@ -77,7 +75,12 @@ def _influence(tables: Tables, width: float) -> Figure | None:
         panels.difference_points(differences[differences["features"]], axes[1])
         if not is_narrow(width):
             axes[1].set_yticklabels([])
-        handles += [_point(INK, "d", "within images"), _point(GREEN, "D", "between images", filled=False)]
+        shown = set(differences["compared"])
+        handles += [
+            _point(colour, marker, name, filled=filled)
+            for name, colour, marker, filled, _ in panels.COMPARED
+            if name in shown
+        ]
     legend_below(figure, handles)
     return figure
 
@@ -150,9 +153,9 @@ FIGURES: Final = {
         "Does the decoder lean on the encoder's first tokens where it hallucinates?",
         lambda tables: (
             "F: share of the decoder's attention to image tokens that falls on the tokens first in the encoder's attention, at "
-            "object words, with 95 % intervals over images. Controls: as many random tokens, and as many others that get "
-            "the most "
-            "similar attention at the end of the prompt. Dashed: chance, and no difference."
+            "object words, with 95 % intervals over images. Controls: as many random tokens, and as many others that get the "
+            "most similar attention at the end of the prompt. Between true neighbours: against the true objects named before "
+            "and after, so that the place in the text is the same. Dashed: chance, and no difference."
         ),
         _influence,
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,13 @@ from slitlamp.reports.style import (
 from slitlamp.reports.wording import Estimate
 
 FloatArray = NDArray[np.float64]
+
+COMPARED: Final = (
+    ("within images", INK, "d", True, -0.22),
+    ("between images", GREEN, "D", False, 0.0),
+    ("between true neighbours", ORANGE, "v", False, 0.22),
+)
+"""How hallucinated and true objects are compared: name, colour, marker, filled, shift."""
 
 LOOKS = {
     "end of the prompt": (INK, "-", "o"),
@@ -90,9 +97,9 @@ def influence_points(influence: pd.DataFrame, ax: Axes) -> Axes:
 
 @styled
 def difference_points(differences: pd.DataFrame, ax: Axes) -> Axes:
-    """Hallucinated minus true objects, within images and between images."""
+    """Hallucinated minus true objects, in the ways of `COMPARED`."""
     kinds = ("influence", "matched", "random")
-    looks = {"within images": (INK, "d", True, -0.15), "between images": (GREEN, "D", False, 0.15)}
+    looks = {name: (colour, marker, filled, shift) for name, colour, marker, filled, shift in COMPARED}
     for place, kind in enumerate(kinds):
         for how, (colour, marker, filled, shift) in looks.items():
             rows = differences[(differences["tokens"] == kind) & (differences["compared"] == how)]

@@ -18,7 +18,7 @@ from probes import ClsOutliers
 from probes.cls_outliers import feature_block
 from probes.outlier_data import QUERIES, Settings, Tokens
 from probes.outlier_definitions import matched_tokens
-from probes.outlier_tables import influence_tables, overlap_curve, overlap_table, sizes_of
+from probes.outlier_tables import against_neighbours, influence_tables, overlap_curve, overlap_table, sizes_of
 from slitlamp.errors import InputError, UnknownNameError, UnsupportedError
 from slitlamp.models import Batch
 from slitlamp.reports.cls_outliers import FIGURES
@@ -137,7 +137,8 @@ def mentions(shift: float, rng: np.random.Generator) -> tuple[Callable[[str], An
     label = np.tile(["object", "object", "hallucinated", "hallucinated"], n)
     f = 0.3 + np.repeat(rng.normal(0, 0.1, n), 4) + rng.normal(0, 0.05, 4 * n) + shift * (label == "hallucinated")
     values = np.stack([f, np.full(4 * n, 0.1), np.full(4 * n, 0.1)], axis=1)[:, None]
-    gathered = {"mention_influence": values, "mention_label": label, "mention_item": item}
+    token = np.tile([0, 9, 3, 6], n)  # hallucinated words between the true ones
+    gathered = {"mention_influence": values, "mention_label": label, "mention_item": item, "mention_token": token}
     return gathered.__getitem__, tokens_of(*rng.random((2, n, 36)))
 
 
@@ -156,6 +157,16 @@ def test_a_planted_difference_of_influence_is_found_and_its_null_is_not() -> Non
         null = influence_tables(*mentions(0.0, rng), SETTINGS)[1].iloc[0]
         found += bool(null["p"] < 0.05)
     assert found <= 12  # 100 tests at 5 %: 12 or more once in 200 times
+
+
+def test_neighbours_hold_the_place_in_the_text_fixed() -> None:
+    """F falls by 1 a token: the false word at token 4 lies .5 above the line from token 2 to 8; that at 9 is outside."""
+    token = np.array([2, 4, 8, 9, 1, 5])
+    values = np.array([8.0, 6.5, 2.0, 7.0, 3.0, 9.0])
+    label = np.array(["object", "hallucinated", "object", "hallucinated", "object", "hallucinated"])
+    found = against_neighbours(values, token, label, np.array([0, 0, 0, 0, 1, 1]), 3)
+    assert found[0] == pytest.approx(0.5)
+    assert np.isnan(found[1:]).all()
 
 
 # -- against Hugging Face -----------------------------------------------------------------------------------------------
