@@ -138,7 +138,8 @@ def _change(tables: Tables, width: float) -> Figure | None:
             for name, look in MODALITIES.items()
         }
         panels.curves(ax, control, "modality", controls, faint=True, column="control")
-        ax.set_title(VARIANTS[variant] if len(steps) == 1 else f"{VARIANTS[variant]}, +{step}")
+        name = "no massive" if variant == "removed" else variant
+        ax.set_title(name if len(steps) == 1 else f"{name}, +{step}")
         ax.set_ylim(-0.55, 1.05)
         if variant == "raw":
             ax.set_ylabel(f"cosine with layer + {step}")

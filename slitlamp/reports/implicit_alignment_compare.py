@@ -14,13 +14,10 @@ from slitlamp.reports.drawing import Drawing, Tables
 from slitlamp.reports.implicit_alignment_panels import PAIRS, VARIANTS
 from slitlamp.reports.style import new_figure, short_names, styled
 
-METRICS: Final = {
-    "accuracy": "accuracy",
-    "f1": "F1",
-    "recall": "recall",
-    "chair_i": "CHAIR i",
-    "chair_s": "CHAIR s",
-}
+METRICS: Final = {"accuracy": "accuracy", "recall": "recall", "chair_i": "CHAIR i", "chair_s": "CHAIR s"}
+PERFORMANCE: Final = (("accuracy", "pope"), ("recall", "captions"))
+HALLUCINATION: Final = (("chair_i", "captions"), ("chair_s", "captions"))
+"""Metrics in the scatters, with the task whose data sets they are shown for."""
 SHOWN: Final = ("same_layer", "raw")
 """The score in the scatters: kind and space."""
 
@@ -82,19 +79,24 @@ def _checkpoints(tables: Tables, width: float) -> Figure | None:
 
 
 @styled
-def _scatters(tables: Tables, width: float, metrics: Sequence[str]) -> Figure | None:
+def _scatters(tables: Tables, width: float, metrics: Sequence[tuple[str, str]]) -> Figure | None:
     table = tables.get("score_relation")
     if table is None:
         return None
     kind, variant = SHOWN
-    table = table[(table["kind"] == kind) & (table["variant"] == variant) & table["metric"].isin(metrics)]
+    table = table[(table["kind"] == kind) & (table["variant"] == variant)]
+    pope = set(table.loc[table["metric"] == "accuracy", "score_dataset"])
+    wanted = [
+        (table["metric"] == metric) & (table["score_dataset"].isin(pope) == (task == "pope"))
+        for metric, task in metrics
+    ]
+    table = pd.concat([table[one] for one in wanted])
     if table.empty:
         return None
     table = table[table["dataset"] == table["dataset"].iloc[0]]
     correlations = tables["correlations"]
-    chosen = list(table.groupby(["metric", "score_dataset"], sort=False))
-    chosen = sorted(chosen, key=lambda one: metrics.index(str(one[0][0])))[:6]
-    columns = 1 if is_narrow(width) and len(chosen) < 3 else (2 if is_narrow(width) else min(3, len(chosen)))
+    chosen = list(table.groupby(["metric", "score_dataset"], sort=False))[:6]
+    columns = 1 if is_narrow(width) else 2
     rows = -(-len(chosen) // columns)
     figure = new_figure(width, 2.5 * rows + 0.2)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -154,11 +156,11 @@ FIGURES: Final = {
     "alignment_and_performance": Drawing(
         "Alignment and task scores (IMA, figure 9)",
         lambda tables: _relation_caption(tables, "positive"),
-        lambda tables, width: _scatters(tables, width, ("accuracy", "f1", "recall")),
+        lambda tables, width: _scatters(tables, width, PERFORMANCE),
     ),
     "alignment_and_hallucination": Drawing(
         "Alignment and hallucination (IMA, figure 10)",
         lambda tables: _relation_caption(tables, "negative"),
-        lambda tables, width: _scatters(tables, width, ("chair_i", "chair_s")),
+        lambda tables, width: _scatters(tables, width, HALLUCINATION),
     ),
 }
