@@ -257,8 +257,17 @@ def _agreement_summary(agreement: pd.DataFrame) -> str:
     if known.empty:
         return "The rankings have too few signals in common to be compared."
     least = known.loc[known["spearman"].idxmin()]
-    return (
-        f"Over {len(known)} pairs of parts the rankings of the signals correlate by {known['spearman'].mean():.2f} on average, "
-        f"least by {least['spearman']:.2f} [{least['low']:.2f}, {least['high']:.2f}] ({least['model_a']}, {least['dataset_a']} "
-        f"against {least['model_b']}, {least['dataset_b']}; {int(least['n_signals'])} signals)."
+    pair = (
+        f"{least['spearman']:.2f} [{least['low']:.2f}, {least['high']:.2f}] ({_part(least, 'a')} against {_part(least, 'b')}; "
+        f"interval over {int(least['n_signals'])} signals, chance 0)"
     )
+    if len(known) == 1:
+        return f"The two rankings of the signals correlate by {pair}."
+    return (
+        f"Over {len(known)} pairs the rankings of the signals correlate by {known['spearman'].mean():.2f} on average, least by "
+        f"{pair}."
+    )
+
+
+def _part(row: pd.Series, side: str) -> str:
+    return ", ".join(str(row[f"{name}_{side}"]) for name in ("model", "condition", "dataset"))
