@@ -37,7 +37,8 @@ class AttentionRollout(GatheringProbe):
     image (chance), the share in the same box turned by 180 degrees (attention has favourite places), the rollout of uniform
     causal attention (early tokens gain from the product alone), and raw attention.
 
-    Boxes are taken for those of the first image, which its grids of patches cover whole. Of the last prompt token of a
+    Boxes are taken for those of the first image, which its grids of patches cover whole; what falls on other tokens (other
+    images, ends of rows) is left out of the shares inside and outside of them. Of the last prompt token of a
     caption, and of CLS, they are those of all objects that the caption names truly.
 
     It records the attention of every position to every position, averaged over heads: 4 bytes x layers x positions^2 for each
@@ -50,7 +51,7 @@ class AttentionRollout(GatheringProbe):
             positions and grows with their square, for every image token and every place it is followed from.
         max_flow_positions: rows with more are refused where their flow is asked for.
         vision: whether to roll out the vision tower. All of its layers are multiplied, also those that the language model
-            does not read. Rows whose image makes several tiles are left out of it.
+            does not read. Rows whose images make several tiles are left out of it.
         seed, n_resamples: of the bootstrap, over items.
     """
 
@@ -126,22 +127,24 @@ class AttentionRollout(GatheringProbe):
         maps = torch.stack(
             [followed[-1], raw.mean(dim=0), raw[-1], control, flow], dim=1
         ).numpy()  # [start, method, token]
-        covered = [_covered(batch.patches[row], one) for one in boxes]
-        against = [_covered(batch.patches[row], turned(one)) for one in boxes]
+        patches = batch.patches[row]
+        seen = (patches.on_image & (patches.image == 0)).numpy()  # tokens that stand for a place on the first image
+        covered = [_covered(patches, one) for one in boxes]
+        against = [_covered(patches, turned(one)) for one in boxes]
         count = len(starts)
         self._rows(
             place_group=np.full(count, batch.groups[row]),
             place_kind=np.array(kinds, dtype="<U20"),
             place_token=np.array(tokens, dtype=np.int64),
             image=np.where(np.isnan(maps).any(axis=-1), np.nan, maps.sum(axis=-1)),
-            inside=_inside(maps, covered),
-            opposite=_inside(maps, against),
+            inside=_inside(maps[..., seen], covered),
+            opposite=_inside(maps[..., seen], against),
             area=np.array([_area(one) for one in covered]),
             agreement=np.array([_correlation(one[0], one[1]) for one in maps]),
             depth_image=followed.sum(dim=-1).T.numpy(),
-            depth_inside=_inside(followed.transpose(0, 1).numpy(), covered),
+            depth_inside=_inside(followed.transpose(0, 1).numpy()[..., seen], covered),
             raw_image=raw.sum(dim=-1).T.numpy(),
-            raw_inside=_inside(raw.transpose(0, 1).numpy(), covered),
+            raw_inside=_inside(raw.transpose(0, 1).numpy()[..., seen], covered),
         )
 
     def _wants_flow(self, item: str) -> bool:
@@ -238,18 +241,21 @@ def _named_boxes(table: pd.DataFrame | None) -> list[Any]:
 
 
 def _covered(patches: Patches, boxes: Sequence[Any]) -> Array | None:
-    """Per image token, the share of its patch inside of the boxes; None without boxes. Tokens that are no patch have 0."""
-    if not len(boxes):
+    """Per token that stands for a place on the first image, the share of its patch inside of the boxes.
+
+    None without boxes, or where no token stands for a place (the queries of a Q-Former).
+    """
+    on_image = patches.on_image & (patches.image == 0)
+    if not len(boxes) or not bool(on_image.any()):
         return None
     covered = np.zeros(len(patches))
-    on_image = patches.on_image & (patches.image == 0)
     for (image, view), (rows, columns) in patches.grids.items():
         if image == 0:
             chosen = (on_image & (patches.view == view)).numpy()
             covered[chosen] = coverage(boxes, rows, columns)[
                 patches.row.numpy()[chosen], patches.column.numpy()[chosen]
             ]
-    return covered
+    return covered[on_image.numpy()]
 
 
 def _covered_by_tower(patches: Patches, boxes: Sequence[Any], n_patches: int) -> Array | None:

@@ -14,7 +14,7 @@ import torch
 from probes import AttentionRollout
 from probes.rollout import attention_flow, coverage, inside_share, rollout, turned, uniform_causal, with_residual
 from probes.rollout_tables import METHODS, Places, share_table
-from slitlamp.errors import InputError
+from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.reports.attention_rollout import FIGURES
 from slitlamp.tracing import sites
 from slitlamp.vlm import VLM
@@ -255,3 +255,26 @@ def test_figures_are_drawn_from_the_tables(llava: VLM, image: Any) -> None:
     llava.measure(bare, batch)
     assert "no boxes" in bare.result().summary
     assert FIGURES["inside"].draw(bare.result().tables) is None
+
+
+def test_tokens_without_a_place_on_the_image_have_no_share_inside() -> None:
+    """The queries of a Q-Former stand for no place: their weight on the image is measured, a share inside is not."""
+    from tiny_models import BUILDERS
+    from tiny_models.common import random_image
+
+    vlm = BUILDERS["blip-2"]()
+    batch = vlm.encode(images=[random_image(0)], prompts=["what ?"], ids=["a"], chat=False)
+    table = pd.DataFrame({"token": [0], "word": ["x"], "label": ["object"], "boxes": [((0, 0, 0.5, 0.5),)]})
+    probe = AttentionRollout(n_resamples=20)
+    vlm.measure(probe, batch.with_continuation([[6]]), [table])
+    shares = probe.result().tables["shares"]
+    assert (shares["image"] > 0).all()
+    assert shares["inside"].isna().all()
+    assert (shares["n_boxes"] == 0).all()
+
+
+def test_layers_that_have_no_self_attention_are_refused() -> None:
+    from tiny_models import BUILDERS
+
+    with pytest.raises(UnsupportedError, match="no self-attention"):
+        AttentionRollout().sites(BUILDERS["mllama"]().anatomy)
