@@ -15,10 +15,13 @@ from probes.linear_fits import DEFAULT_STRENGTHS, MlpOptions
 from probes.truthful_fits import METHODS, LayerFits, Options, fit_layers
 from probes.truthful_gather import ANSWERS, COLUMNS, INPUT_LAYER, mention_rows, named_tokens
 from probes.truthful_pmc import pmc_tables
-from probes.truthful_tables import detection_tables, summary
+from probes.truthful_summary import summary
+from probes.truthful_tables import detection_tables
 from probes.truthful_transfer import ALIGNMENTS, Domain, compare_domains, layer_transfer
 from slitlamp.decoding.edits import add_direction, remove_direction
 from slitlamp.errors import InputError, unknown
+from slitlamp.evaluation.operating_points import threshold_at_fpr
+from slitlamp.evaluation.statistics import Interval
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import CausalTarget, Edit, GatheringProbe, Part, Probe, ProbeResult, Site, Trace, sites
 from slitlamp.tracing.probe import Array, EditsOf, Labels
@@ -55,6 +58,9 @@ class TruthfulDirection(GatheringProbe):
         strengths: penalties that the logistic regression chooses from.
         n_folds: of the cross-validation; no more than there are items.
         n_controls: control labelings that are drawn.
+        permutations: of the labels across images, for p values of the linear methods that hold for any number of dimensions
+            and samples (the intervals take the classifiers as given, and near 1/2 are too narrow: in simulated noise 13 % of
+            the 95 % intervals miss 1/2). The perceptron has none: each is a training of its own.
         target_fpr: false positive rate at which the threshold is set (the paper's .01).
         mlp_widths, mlp_epochs, mlp_batch_size: of the perceptron; the widths are not published [?].
         alignments: how `compare` aligns: "none", "standardised", "subspace", "coral", "procrustes".
@@ -74,6 +80,7 @@ class TruthfulDirection(GatheringProbe):
     strengths: Sequence[float] = DEFAULT_STRENGTHS
     n_folds: int = 5
     n_controls: int = 5
+    permutations: int = 0
     target_fpr: float = 0.01
     mlp_widths: Sequence[int] = (256, 64)
     mlp_epochs: int = 30
@@ -98,7 +105,9 @@ class TruthfulDirection(GatheringProbe):
             "state": ("generated" if self.position == "at" else "before_generated", None)
         }
         if self.anchors:
-            places |= {"anchor_last": ("last", None), "anchor_image": ("image", "mean")}
+            places |= {"anchor_image": ("image", "mean")}
+            if self.position == "at":
+                places |= {"anchor_prompt": ("before_generated", None)}
         found = [sites.logits(positions="before_generated", label="logits")]
         for label, (positions, reduce) in places.items():
             if blocks:
@@ -130,8 +139,8 @@ class TruthfulDirection(GatheringProbe):
             raise InputError(f"target_fpr must lie between 0 and 1: found {self.target_fpr}")
         if self.n_folds < 2:
             raise InputError(f"n_folds must be at least 2: found {self.n_folds}")
-        if self.n_controls < 0 or not self.strengths or min(self.strengths) <= 0:
-            raise InputError("n_controls must not be negative, and strengths must hold positive penalties")
+        if min(self.n_controls, self.permutations) < 0 or not self.strengths or min(self.strengths) <= 0:
+            raise InputError("n_controls and permutations start at 0, and strengths must hold positive penalties")
         if not self.components or min(self.components) < 1:
             raise InputError(f"components must hold numbers from 1: found {list(self.components)}")
         self._options().mlp.check()
@@ -147,9 +156,8 @@ class TruthfulDirection(GatheringProbe):
         )
         self._constants(layer=np.array(layers))
         if self.anchors:
-            anchor = torch.stack(
-                [_stacked(trace, "anchor_last")[:, :, 0], _stacked(trace, "anchor_image")]
-            )  # [kind, layer, batch, d]
+            prompt = _stacked(trace, "anchor_prompt" if self.position == "at" else "state")[:, :, 0]
+            anchor = torch.stack([prompt, _stacked(trace, "anchor_image")])  # [kind, layer, batch, d]
             self._rows(
                 anchor=self._cast(anchor.permute(2, 0, 1, 3)),
                 anchor_item=np.array(batch.ids, dtype=str),
@@ -201,6 +209,7 @@ class TruthfulDirection(GatheringProbe):
             strengths=tuple(self.strengths),
             n_folds=self.n_folds,
             n_controls=self.n_controls,
+            permutations=self.permutations,
             target_fpr=self.target_fpr,
             seed=self.seed,
             mlp=mlp,
@@ -272,9 +281,15 @@ class TruthfulDirection(GatheringProbe):
         """The block with the highest cross-validated AUROC over all mentions: to be used on other data than these."""
         return self.fits(method).best_layer
 
-    def threshold(self, layer: int | None = None, fpr: float | None = None, method: str = "logistic") -> float:
+    def threshold(self, layer: int | None = None, fpr: float | None = None, method: str = "logistic") -> Interval:
         """The value of `score` above which a share `fpr` (None: `target_fpr`) of true mentions lies, out of fold."""
-        return self.fits(method).threshold(layer, self.target_fpr if fpr is None else fpr)
+        fit = self.fits(method)
+        scores = fit.own_scores(fit.best_layer if layer is None else layer)
+        mentions = self.mentions()
+        return threshold_at_fpr(
+            scores, mentions["hallucinated"], mentions["group"], self.target_fpr if fpr is None else fpr,
+            n_resamples=self.n_resamples, seed=self.seed,
+        )  # fmt: skip
 
     def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
         """At the best layer the direction taken out, and a step against it (towards truth), with random directions."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probes.linear_fits import CrossValidated, Method, MlpOptions, cross_validated
 from slitlamp.errors import InputError
+from slitlamp.evaluation.operating_points import threshold_at_fpr
 
 METHODS: tuple[Any, ...] = ("logistic", "difference_of_means", "mlp")
 MIN_NESTED_FOLDS = 4
@@ -27,6 +28,7 @@ class Options:
     strengths: tuple[float, ...]
     n_folds: int
     n_controls: int
+    permutations: int
     target_fpr: float
     seed: int
     mlp: MlpOptions = field(default_factory=MlpOptions)
@@ -50,11 +52,6 @@ class Chosen:
     scores: NDArray[np.float64]
     ranking: NDArray[np.float64]
     thresholds: NDArray[np.float64]
-
-    @property
-    def flagged(self) -> NDArray[np.bool_]:
-        """bool [sample], above the threshold of the fold."""
-        return self.scores > self.thresholds[self.fold]
 
 
 @dataclass(frozen=True)
@@ -80,26 +77,17 @@ class LayerFits:
         """[sample], out of fold, of the probabilities."""
         return _log_odds(self.cv.probabilities[self.layers.index(layer)])
 
-    def threshold(self, layer: int | None, fpr: float) -> float:
-        """The value of the fit's own score (log-odds, or projections) that a share `fpr` of true mentions exceeds."""
-        place = self.layers.index(self.best_layer if layer is None else layer)
-        logistic = self.cv.method == "logistic"
-        scores = self.log_odds(self.layers[place]) if logistic else self.cv.scores[place].double().numpy()
-        return threshold_at(scores, self.cv.labels.numpy(), fpr)
+    def own_scores(self, layer: int) -> NDArray[np.float64]:
+        """[sample], out of fold, in the units of the fit on everything: log-odds (difference of means: projections)."""
+        if self.cv.method == "difference_of_means":
+            return np.asarray(self.cv.scores[self.layers.index(layer)].double().numpy())
+        return self.log_odds(layer)
 
 
 def best_layer(layers: list[int], auroc: NDArray[np.float64]) -> int:
     """The layer of the highest AUROC [layer], the first of equals; the model's input is left out where there are blocks."""
     kept = [place for place, layer in enumerate(layers) if layer >= 0] or list(range(len(layers)))
     return layers[kept[int(np.argmax(auroc[kept]))]]
-
-
-def threshold_at(scores: NDArray[np.float64], positive: NDArray[np.bool_], fpr: float) -> float:
-    """The smallest score of a negative that at most a share `fpr` of the negatives exceed."""
-    negative = np.sort(scores[~positive])
-    if not len(negative):
-        raise InputError("a threshold at a false positive rate needs negatives")
-    return float(negative[len(negative) - 1 - int(np.floor(fpr * len(negative) + 1e-9))])
 
 
 def fit_layers(
@@ -169,6 +157,7 @@ def _validated(
         n_folds=n_folds,
         seed=options.seed,
         controls=controls,
+        permutations=options.permutations if kinds is not None and method != "mlp" else 0,
         types=None if kinds is None else kinds[kept],
         n_layers=len(layers),
         mlp=options.mlp,
@@ -193,7 +182,10 @@ def _choose(
         best = best_layer(layers, inner.auroc.numpy())
         place = layers.index(best)
         layer.append(best)
-        thresholds.append(threshold_at(_log_odds(inner.probabilities[place]), label[~held_out], options.target_fpr))
+        level = threshold_at_fpr(
+            _log_odds(inner.probabilities[place]), label[~held_out], group[~held_out], options.target_fpr, n_resamples=1
+        )
+        thresholds.append(level.value)
         scores[held_out] = _log_odds(cv.probabilities[place])[held_out]
         # projections have no unit that two layers share
         common = scores if method == "difference_of_means" else cv.scores[place].double().numpy()

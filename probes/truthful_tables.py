@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,41 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from probes.linear_fits import cross_validated
-from probes.truthful_fits import LayerFits
-from slitlamp.evaluation.detection import auroc_interval
-from slitlamp.evaluation.statistics import Interval, cluster_bootstrap, ratio
+from probes.truthful_fits import LayerFits, control_types
+from slitlamp.evaluation.detection import adjusted_auroc, auroc_difference, auroc_interval, stratified_auroc
+from slitlamp.evaluation.operating_points import (
+    calibrated_error,
+    detection_table,
+    expected_calibration_error,
+    operating_point,
+)
+from slitlamp.evaluation.statistics import Interval
 
 FloatArray = NDArray[np.float64]
-BASELINES = {"-log p": "neg_log_p", "mention index": "mention", "object frequency": "frequency"}
+NUMERIC = {"-log p": "neg_log_p", "mention index": "mention", "object frequency": "frequency"}
 """By name, the column that is a score of hallucination as it stands: less likely tokens, later mentions, commoner objects."""
-TOGETHER = "these together"
-MISSING = Interval(float("nan"), float("nan"), float("nan"), 0)
+CATEGORY, TOGETHER = "object category", "all but the category"
+BASELINES = (*NUMERIC, TOGETHER, CATEGORY)
+CONFIDENCE = "-log p"
+CHOSEN = "chosen in the training folds"
+MISSING = Interval(float("nan"), float("nan"), float("nan"), 0, p=float("nan"))
+PRIOR_WEIGHT = 5.0
+"""Mentions of average rate that are added to each category's own, so that rare ones are not taken at their word."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Labels and images of the mentions, and how often to resample."""
+
+    label: NDArray[np.bool_]
+    group: NDArray[Any]
+    options: dict[str, Any]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Columns that say how much there was."""
+        bad = int(self.label.sum())
+        return {"n_hallucinated": bad, "n_true": len(self.label) - bad, "n_items": len(np.unique(self.group))}
 
 
 def detection_tables(
@@ -28,7 +55,7 @@ def detection_tables(
     target_fpr: float,
     options: dict[str, Any],
 ) -> dict[str, pd.DataFrame]:
-    """Tables `layers`, `baselines`, `threshold`, `chosen_layers` and `mentions`.
+    """Tables `layers`, `metrics`, `baselines`, `threshold`, `chosen_layers` and `mentions`.
 
     Args:
         mentions: the samples (`truthful_gather.COLUMNS`).
@@ -37,141 +64,213 @@ def detection_tables(
         target_fpr: of the threshold.
         options: n_resamples and seed of the bootstrap.
     """
-    label = mentions["hallucinated"].to_numpy(dtype=bool)
-    group = mentions["group"].to_numpy(dtype=str)
-    baselines = baseline_scores(mentions, fitted, options["seed"])
-    counts = {"n_hallucinated": int(label.sum()), "n_true": int((~label).sum()), "n_items": len(np.unique(group))}
-
-    def area(scores: FloatArray) -> Interval:
-        return auroc_interval(scores, label, group, **options) if len(label) else MISSING
-
+    sample = Sample(mentions["hallucinated"].to_numpy(dtype=bool), mentions["group"].to_numpy(dtype=str), options)
+    baselines = baseline_scores(mentions, fitted, options["seed"]) if fitted else {}
+    metrics = _metrics(fitted, methods, layers, sample)
     return {
-        "layers": _layers(fitted, methods, layers, area, counts),
-        "baselines": _baselines(fitted, baselines, area, counts),
-        "threshold": _threshold(fitted, methods, label, group, target_fpr, options, counts),
+        "layers": _layers(fitted, metrics, methods, layers, sample, baselines.get(CONFIDENCE)),
+        "metrics": metrics,
+        "baselines": _baselines(mentions, fitted, methods, baselines, sample),
+        "threshold": _threshold(fitted, methods, target_fpr, sample),
         "chosen_layers": _chosen_layers(fitted, methods),
         "mentions": _mentions(mentions, fitted, baselines),
     }
 
 
 def baseline_scores(mentions: pd.DataFrame, fitted: dict[str, LayerFits], seed: int) -> dict[str, FloatArray]:
-    """What detects hallucinations without the hidden states, by name: scores [sample]; those unknown for a sample are left out.
+    """What detects hallucinations without the hidden states, by name: scores [sample]; one unknown for any sample is left out.
 
-    "these together" is a cross-validated logistic regression on all of them, over the folds of the probes.
+    Those that are learned are cross-validated over the folds of the probes: a logistic regression on all the numeric ones, and
+    the share of hallucinated mentions of the same category.
     """
     found = {}
-    for name, column in BASELINES.items():
+    for name, column in NUMERIC.items():
         values = mentions[column].to_numpy(dtype=np.float64)
-        if len(values) and np.isfinite(values).all():
+        if np.isfinite(values).all():
             found[name] = values
-    if len(found) > 1 and fitted:
-        cv = next(iter(fitted.values())).cv
-        n_folds = len(cv.folds)
-        features = np.column_stack(list(found.values()))
-        together = cross_validated(
-            [features],  # type: ignore[list-item]  # anything that torch.as_tensor takes
-            mentions["hallucinated"].to_numpy(dtype=bool),
-            mentions["group"].to_numpy(dtype=str),
-            strengths=(1.0,),  # three features and hundreds of samples: the penalty hardly matters
-            n_folds=n_folds,
-            seed=seed,
-        )
-        found[TOGETHER] = together.scores[0].double().numpy()
+    label, group = mentions["hallucinated"].to_numpy(dtype=bool), mentions["group"].to_numpy(dtype=str)
+    test = next(iter(fitted.values())).cv.folds.test.numpy()
+    features = np.column_stack(list(found.values()))
+    together = cross_validated(
+        [features],  # type: ignore[list-item]  # anything that torch.as_tensor takes
+        label,
+        group,
+        strengths=(1.0,),  # a few features and many samples: the penalty hardly matters
+        n_folds=len(test),
+        seed=seed,
+    )
+    found[TOGETHER] = together.scores[0].double().numpy()
+    if (mentions["category"] != "").all():
+        index = np.unique(control_types(mentions), return_inverse=True)[1]
+        rate = np.empty(len(label))
+        for held_out in test:
+            n = np.bincount(index[~held_out], minlength=index.max() + 1)
+            bad = np.bincount(index[~held_out], label[~held_out], minlength=index.max() + 1)
+            rate[held_out] = ((bad + PRIOR_WEIGHT * label[~held_out].mean()) / (n + PRIOR_WEIGHT))[index[held_out]]
+        found[CATEGORY] = rate
     return found
 
 
-def _interval(prefix: str, one: Interval) -> dict[str, float]:
+def detector(fit: LayerFits) -> tuple[str, FloatArray]:
+    """(which layer, scores [sample]): with the layer chosen in the training folds, or at the middle block where none can be."""
+    if fit.chosen is not None:
+        return CHOSEN, fit.chosen.ranking
+    blocks = [layer for layer in fit.layers if layer >= 0] or fit.layers
+    middle = blocks[len(blocks) // 2]
+    return f"layer {middle}", fit.cv.scores[fit.layers.index(middle)].double().numpy()
+
+
+def _ends(prefix: str, one: Interval) -> dict[str, float]:
     return {f"{prefix}low": one.low, f"{prefix}high": one.high}
 
 
-def _layers(
-    fitted: dict[str, LayerFits], methods: list[str], layers: list[int], area: Any, counts: dict[str, int]
-) -> pd.DataFrame:
-    """AUROC of every method at every layer, beside its control.
+def _metrics(fitted: dict[str, LayerFits], methods: list[str], layers: list[int], sample: Sample) -> pd.DataFrame:
+    """Every detection metric of every method at every layer, and with the layer chosen in the training folds."""
+    parts = []
+    for method in methods:
+        fit = fitted.get(method)
+        if fit is None:
+            missing = {"metric": "auroc", "fpr": np.nan, "value": np.nan, "low": np.nan, "high": np.nan, "chance": 0.5}
+            parts.append(pd.DataFrame([{"method": method, "layer": str(one), **missing} for one in layers]))
+            continue
+        scores = {str(layer): fit.cv.scores[place].double().numpy() for place, layer in enumerate(fit.layers)}
+        probabilities = {
+            str(layer): fit.cv.probabilities[place].double().numpy() for place, layer in enumerate(fit.layers)
+        }
+        if fit.chosen is not None:
+            scores[CHOSEN] = fit.chosen.ranking
+            probabilities[CHOSEN] = 1 / (1 + np.exp(-fit.chosen.scores))
+        for layer, values in scores.items():
+            table = detection_table(values, sample.label, sample.group, **sample.options)
+            table = table[table["metric"] != "threshold"][["metric", "fpr", "value", "low", "high", "chance"]]
+            error = expected_calibration_error(probabilities[layer], sample.label, sample.group, **sample.options)
+            right = calibrated_error(probabilities[layer], seed=sample.options["seed"])
+            ece = {"metric": "ece", "fpr": np.nan, "value": error.value, **_ends("", error), "chance": right.value}
+            table = pd.concat([table, pd.DataFrame([ece])], ignore_index=True)
+            table.insert(0, "method", method)
+            table.insert(1, "layer", layer)
+            parts.append(table)
+    return pd.concat(parts, ignore_index=True).assign(**sample.counts)
 
-    The control's ends are its lowest and highest labeling. Selectivity is AUROC minus the mean control, its ends are those of
-    AUROC's interval minus the highest and the lowest control: wider than an interval of the mean.
+
+def _layers(
+    fitted: dict[str, LayerFits],
+    metrics: pd.DataFrame,
+    methods: list[str],
+    layers: list[int],
+    sample: Sample,
+    confidence: FloatArray | None,
+) -> pd.DataFrame:
+    """AUROC of every method at every layer, beside its control and minus that of -log p.
+
+    The control's ends are its lowest and highest labeling. Selectivity is AUROC minus the mean control; its ends are those of
+    AUROC's interval minus the highest and the lowest control, which is wider than an interval of the mean. `p` and
+    `p_any_layer` (against the best layer of each permutation) are NaN without permutations.
     """
+    areas = metrics[metrics["metric"] == "auroc"].set_index(["method", "layer"])
     rows = []
     for method in methods:
         for place, layer in enumerate(layers):
-            fit = fitted.get(method)
-            one, control = MISSING, np.full(1, np.nan)
+            fit, one = fitted.get(method), areas.loc[(method, str(layer))]
+            control, gain = np.full(1, np.nan), MISSING
             if fit is not None:
-                one = area(fit.cv.scores[place].double().numpy())
                 drawn = fit.cv.control_auroc[place].numpy()
                 control = drawn if len(drawn) else control
+                if confidence is not None:
+                    scores = fit.cv.scores[place].double().numpy()
+                    gain = auroc_difference(confidence, scores, sample.label, sample.group, **sample.options)
             rows.append(
                 {
                     "method": method,
                     "layer": layer,
-                    "auroc": one.value,
-                    **_interval("", one),
+                    "auroc": one["value"],
+                    "low": one["low"],
+                    "high": one["high"],
                     "chance": 0.5,
                     "control_auroc": control.mean(),
                     "control_low": control.min(),
                     "control_high": control.max(),
-                    "selectivity": one.value - control.mean(),
-                    "selectivity_low": one.low - control.max(),
-                    "selectivity_high": one.high - control.min(),
-                    **counts,
+                    "selectivity": one["value"] - control.mean(),
+                    "selectivity_low": one["low"] - control.max(),
+                    "selectivity_high": one["high"] - control.min(),
+                    "over_confidence": gain.value,
+                    **_ends("over_confidence_", gain),
+                    "p": np.nan if fit is None else float(fit.cv.p[place]),
+                    "p_any_layer": np.nan if fit is None else float(fit.cv.p_any_layer[place]),
+                    **sample.counts,
                 }
             )
     return pd.DataFrame(rows)
 
 
 def _baselines(
-    fitted: dict[str, LayerFits], baselines: dict[str, FloatArray], area: Any, counts: dict[str, int]
-) -> pd.DataFrame:
-    rows = []
-    for name in [*BASELINES, TOGETHER]:
-        one = area(baselines[name]) if name in baselines else MISSING
-        rows.append({"baseline": name, "auroc": one.value, **_interval("", one), "chance": 0.5, **counts})
-    return pd.DataFrame(rows)
-
-
-def _threshold(
+    mentions: pd.DataFrame,
     fitted: dict[str, LayerFits],
     methods: list[str],
-    label: NDArray[np.bool_],
-    group: NDArray[Any],
-    target_fpr: float,
-    options: dict[str, Any],
-    counts: dict[str, int],
+    baselines: dict[str, FloatArray],
+    sample: Sample,
 ) -> pd.DataFrame:
-    """What comes of a threshold that was set on other images: the rates that it has on those it has not seen."""
-    names = ("false positive rate", "true positive rate", "specificity", "LR+")
+    """Each baseline, what a probe has over it (paired difference of AUROC), and the probe's AUROC where the baseline is equal.
+
+    The last is the AUROC within categories, or of what a regression on the baselines leaves of the probe's score (Janes and
+    Pepe 2009): above 1/2, the states tell more than the baseline, even where the baseline is the better detector.
+    """
     rows = []
+    numeric = [NUMERIC[name] for name in NUMERIC if name in baselines]
     for method in methods:
         fit = fitted.get(method)
-        chosen = None if fit is None else fit.chosen
-        found = [MISSING] * len(names)
-        if chosen is not None:
-            index = np.unique(group, return_inverse=True)[1]
-            sums = np.zeros((index.max() + 1, 4))
-            for column, rows_of in enumerate((~label & chosen.flagged, ~label, label & chosen.flagged, label)):
-                np.add.at(sums[:, column], index[rows_of], 1.0)
-            intervals = cluster_bootstrap(sums, _rates, **options)
-            assert isinstance(intervals, list)
-            found = intervals
-        for name, one in zip(names, found, strict=True):
+        scores = None if fit is None else detector(fit)[1]
+        for name in BASELINES:
+            area = gain = beyond = MISSING
+            if name in baselines and scores is not None:
+                split: tuple[Any, ...] = (sample.label, sample.group)
+                area = auroc_interval(baselines[name], *split, **sample.options)
+                gain = auroc_difference(baselines[name], scores, *split, **sample.options)
+                if name == CATEGORY:
+                    kinds = control_types(mentions)
+                    beyond = stratified_auroc(scores, sample.label, kinds, sample.group, **sample.options)
+                else:
+                    columns = numeric if name == TOGETHER else [NUMERIC[name]]
+                    covariates = mentions[columns].to_numpy(dtype=np.float64)
+                    beyond = adjusted_auroc(scores, sample.label, covariates, sample.group, **sample.options)
             rows.append(
                 {
+                    "baseline": name,
+                    "auroc": area.value,
+                    **_ends("", area),
+                    "chance": 0.5,
                     "method": method,
-                    "wanted_fpr": target_fpr,
-                    "metric": name,
-                    "value": one.value,
-                    **_interval("", one),
-                    **counts,
+                    "probe_layer": "" if fit is None else detector(fit)[0],
+                    "gain": gain.value,
+                    **_ends("gain_", gain),
+                    "gain_p": gain.p,
+                    "beyond": beyond.value,
+                    **_ends("beyond_", beyond),
+                    **sample.counts,
                 }
             )
     return pd.DataFrame(rows)
 
 
-def _rates(total: FloatArray) -> FloatArray:
-    """False positives, negatives, true positives, positives [..., 4] to FPR, TPR, specificity, LR+."""
-    fpr, tpr = ratio(total[..., 0], total[..., 1]), ratio(total[..., 2], total[..., 3])
-    return np.stack([fpr, tpr, 1 - fpr, ratio(tpr, fpr)], axis=-1)
+def _threshold(fitted: dict[str, LayerFits], methods: list[str], target_fpr: float, sample: Sample) -> pd.DataFrame:
+    """What a threshold that was set at a false positive rate on other images does on images that it has not seen."""
+    parts = []
+    for method in methods:
+        fit = fitted.get(method)
+        if fit is None or fit.chosen is None:
+            nothing = {"value": np.nan, "low": np.nan, "high": np.nan, "chance": np.nan, "n_flagged": 0}
+            found = pd.DataFrame(
+                [{"metric": one, **nothing} for one in ("tpr", "fpr", "specificity", "precision", "lr_plus")]
+            )
+        else:
+            # each fold has its own threshold: what lies above it is what lies above zero after it is taken off
+            above = fit.chosen.scores - fit.chosen.thresholds[fit.chosen.fold]
+            found = operating_point(above, sample.label, sample.group, 0.0, **sample.options)
+            found = found[["metric", "value", "low", "high", "chance", "n_flagged"]]
+        found.insert(0, "method", method)
+        found.insert(1, "wanted_fpr", target_fpr)
+        parts.append(found)
+    return pd.concat(parts, ignore_index=True).assign(**sample.counts)
 
 
 def _chosen_layers(fitted: dict[str, LayerFits], methods: list[str]) -> pd.DataFrame:
@@ -195,23 +294,5 @@ def _mentions(mentions: pd.DataFrame, fitted: dict[str, LayerFits], baselines: d
     if TOGETHER in baselines:
         table["score_baselines"] = baselines[TOGETHER]
     if table.empty:  # one row that says so: tables are never empty
-        table = pd.DataFrame({name: [np.nan] if table[name].dtype.kind == "f" else [""] for name in table})
+        return pd.DataFrame({name: [np.nan] if name in ("neg_log_p", "pmc", "confidence") else [""] for name in table})
     return table
-
-
-def detector(fit: LayerFits) -> tuple[str, FloatArray]:
-    """(which layer, scores [sample]): with the layer chosen in the training folds, or at the middle block where none can be."""
-    if fit.chosen is not None:
-        return "chosen in the training folds", fit.chosen.ranking
-    blocks = [layer for layer in fit.layers if layer >= 0] or fit.layers
-    middle = blocks[len(blocks) // 2]
-    return f"layer {middle}", fit.cv.scores[fit.layers.index(middle)].double().numpy()
-
-
-def summary(tables: dict[str, pd.DataFrame], position: str, reason: str) -> str:
-    """What was found, in up to three sentences."""
-    if reason:
-        return f"Nothing was trained: {reason}."
-    layers = tables["layers"]
-    best = layers.loc[layers["auroc"].idxmax()]
-    return f"AUROC {best['auroc']:.2f} [{best['low']:.2f}, {best['high']:.2f}]"

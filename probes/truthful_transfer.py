@@ -31,6 +31,8 @@ from slitlamp.tracing import Part
 FloatArray = NDArray[np.float64]
 ALIGNMENTS = ("none", "standardised", "subspace", "coral", "procrustes")
 LAYER_ALIGNMENTS = ("none", "standardised", "procrustes")
+INNER_FOLDS = 3
+"""Folds in which the penalty of a carried probe is chosen; there are many such fits, and the choice is a coarse one."""
 MIN_PAIRS = 10
 """Fewest pairs of anchors that an alignment is made of."""
 
@@ -152,7 +154,7 @@ def _classifier(
 ) -> tuple[FloatArray, float]:
     """Logistic regression with its penalty chosen by cross-validation inside these samples."""
     wanted = options.strengths if strengths is None else tuple(strengths)
-    n_folds = min(options.n_folds, *(len(np.unique(group[label == side])) for side in (True, False)))
+    n_folds = min(INNER_FOLDS, *(len(np.unique(group[label == side])) for side in (True, False)))
     if n_folds < 3:
         wanted = (sorted(wanted)[len(wanted) // 2],)
     found = cross_validated(
