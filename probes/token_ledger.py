@@ -242,8 +242,8 @@ def _summary(tables: dict[str, pd.DataFrame]) -> str:
             "frequency"
         )
     text += f" (chance .5; {int(best['n_tokens'])} named objects of {int(best['n_images'])} images)."
-    if "combination" in tables:
-        row = tables["combination"].iloc[0]
+    together = tables.get("combination", pd.DataFrame({"against": []}))
+    for row in together[together["against"] == best["title"]].head(1).to_dict("records"):
         text += (
             f" All signals together change that by {row['difference']:+.3f} [{row['difference_low']:+.3f}, "
             f"{row['difference_high']:+.3f}]."

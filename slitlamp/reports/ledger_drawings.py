@@ -166,7 +166,7 @@ def roc_panel(ledger: pd.DataFrame, rows: pd.DataFrame, ax: Axes | None = None, 
     grid = np.geomspace(floor, 1, 200)
     ax.plot(grid, grid, color=GREY, linewidth=1.0, linestyle=(0, (4, 2)), label="chance")
     used: dict[str, int] = {}
-    for row in rows.to_dict("records"):
+    for place, row in enumerate(rows.to_dict("records")):
         family = str(row["family"])
         look, nth = FAMILY_STYLES[family], used.get(family, 0)
         used[family] = nth + 1
@@ -180,7 +180,7 @@ def roc_panel(ledger: pd.DataFrame, rows: pd.DataFrame, ax: Axes | None = None, 
             linewidth=2.2 if family == "together" else 1.5, label=str(row["title"]),
         )  # fmt: skip
         if rate is not None and np.isfinite(row.get("tpr_low", np.nan)):
-            here = rate * 1.06 ** (len(used) + nth - len(rows) / 2)
+            here = rate * 1.1 ** (place - (len(rows) - 1) / 2)  # beside each other
             ax.plot(
                 [here, here], [row["tpr_low"], row["tpr_high"]], color=look.colour, linewidth=1.3, label="_interval"
             )
