@@ -274,8 +274,9 @@ class ClsOutliers(GatheringProbe):
         return ProbeResult(name=self.name, tables=tables, summary=summary(tables, settings))
 
     def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
-        """The outliers of each definition replaced by the data set's mean image token, against as many random tokens, and
-        against as many others that get the most similar attention of the decoder at the end of the prompt.
+        """The outliers of each definition replaced by the data set's mean image token, against as many random tokens;
+        against as many others that get the most similar attention of the decoder at the end of the prompt; and, where boxes are
+        known, against as many others of which those of named objects are taken first, since the encoder looks at objects.
 
         For the items that were measured; what DeepStack adds to the residual stream later stays.
         """
@@ -286,22 +287,24 @@ class ClsOutliers(GatheringProbe):
         for name, mask in self._outliers(tokens).items():
             if not mask.any():
                 continue
-            random, matched = [], np.zeros_like(mask)
+            random, of_objects, matched = [], [], np.zeros_like(mask)
             for draw in range(N_CONTROLS):
-                one = np.zeros_like(mask)
+                one, other = np.zeros_like(mask), np.zeros_like(mask)
                 for item, part in parts.items():
-                    count = int(mask[part].sum())
-                    one[part] = random_tokens(len(mask[part]), count, self._generator(item, draw + 1), avoid=mask[part])
+                    count, rng = int(mask[part].sum()), self._generator(item, draw + 1)
+                    one[part] = random_tokens(len(mask[part]), count, rng, avoid=mask[part])
+                    first = np.where(mask[part], -1.0, (tokens.area[part] >= 0.5) + rng.random(len(mask[part])) / 2)
+                    other[part] = top_tokens(torch.from_numpy(first), count).numpy()
                 random.append(_replacing(tokens, parts, one, mean))
+                of_objects.append(_replacing(tokens, parts, other, mean))
             for part in parts.values():
                 matched[part] = matched_tokens(tokens.decoder[part, 0], mask[part])
             target, done = _replacing(tokens, parts, mask, mean), f"image tokens replaced by the mean: {name}"
-            targets.append(CausalTarget(done, target, tuple(random), "as many random tokens"))
-            targets.append(
-                CausalTarget(
-                    done, target, (_replacing(tokens, parts, matched, mean),), "as many, of the decoder's attention"
-                )
-            )
+            alike = [_replacing(tokens, parts, matched, mean)]
+            controls = {"as many random tokens": random, "as many, of the decoder's attention": alike}
+            if np.isfinite(tokens.area).any():
+                controls["as many others, of named objects first"] = of_objects
+            targets += [CausalTarget(done, target, tuple(some), control) for control, some in controls.items()]
         return targets
 
 

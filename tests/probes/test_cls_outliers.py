@@ -420,6 +420,14 @@ def test_causal_targets_replace_the_outliers_and_nothing_else(llava: VLM, image:
             assert np.array_equal(changed.numpy(), wanted)
         torch.testing.assert_close(new[changed], mean.expand(12, -1))
     assert len(random.controls) == 5
+    for edits in targets[name, "as many others, of named objects first"].controls:
+        with llava.trace(sites.resid_pre(layers=0, positions="image")) as after:
+            llava.forward(batch, edits=edits(batch))
+        changed = (after["resid_pre"][0] != plain).any(dim=-1).numpy()
+        on_object = np.isin(np.arange(16), [0, 1, 4, 5])[None] & ~expected  # the box of the labels
+        assert (changed & on_object).sum(axis=1).tolist() == on_object.sum(axis=1).tolist()
+        assert changed.sum(axis=1).tolist() == [4, 4, 4]
+        assert not (changed & expected).any()
     stranger = llava.encode([image(9)], ["<image> what ?"], ids=["stranger"])
     with pytest.raises(InputError, match="stranger"):
         random.target(stranger)
