@@ -209,29 +209,24 @@ def _p(interval: Interval) -> float:
 def summary(tables: Mapping[str, pd.DataFrame], gathered: Gathered) -> str:
     """What was found, in a few sentences."""
     parts = []
-    for name, what in (("positions", "role"), ("heads", "head")):
-        if name not in tables:
-            continue
-        table = tables[name]
-        direction = table["direction"].iloc[0]
-        some = table[table["direction"] == direction]
+    if "positions" in tables:
+        parts += _said_of_positions(tables["positions"])
+    if "heads" in tables:
+        heads = tables["heads"]
+        direction = heads["direction"].iloc[0]
+        some = heads[heads["direction"] == direction]
         top = some.loc[some["difference"].idxmax()]
-        place = (
-            f"the residual stream of {str(top[what]).replace('_', ' ')} positions after layer {int(top['layer'])}"
-            if name == "positions"
-            else f"head {int(top['layer'])}.{int(top['head'])}"
-        )
-        verb = "restores" if direction == "denoising" else "takes away"
+        n_found = int((some["p_adjusted"] < 0.05).sum())
         parts.append(
-            f"Patching {place} {verb} {top['effect']:.2f} of the answer [{top['effect_low']:.2f}, {top['effect_high']:.2f}] "
-            f"(control {top['control']:.2f} [{top['control_low']:.2f}, {top['control_high']:.2f}])."
+            f"The head that {_VERBS[direction]} most is {int(top['layer'])}.{int(top['head'])}: {_estimate(top, 'effect')} "
+            f"({n_found} of {len(some)} heads above the mean of the others, Benjamini-Hochberg, 5 %)."
         )
     if "positions" not in tables and "heads" not in tables:
         found = tables["attribution"]
         top = found.loc[found["effect"].idxmax()]
         parts.append(
             f"The largest first-order estimate is that of {top['component']} {top['place']} in layer {int(top['layer'])}: "
-            f"{top['effect']:.2f} [{top['effect_low']:.2f}, {top['effect_high']:.2f}]."
+            f"{_estimate(top, 'effect')}."
         )
     if "agreement" in tables:
         pearson = tables["agreement"].query("method == 'pearson'")
@@ -242,3 +237,32 @@ def summary(tables: Mapping[str, pd.DataFrame], gathered: Gathered) -> str:
         f"{gathered.too_close} whose clean and corrupt runs hardly differ."
     )
     return " ".join(parts)
+
+
+_VERBS: Final = {"denoising": "restores", "noising": "takes away"}
+
+
+def _said_of_positions(table: pd.DataFrame) -> list[str]:
+    """The object's tokens at their best layer, and from where on the last position carries half; that it carries all after
+    the last block is so by construction.
+    """
+    said = []
+    for direction, some in table.groupby("direction", sort=False):
+        of_object, last = some[some["role"] == "object"], some[some["role"] == "last"]
+        if len(of_object):
+            top = of_object.loc[of_object["difference"].idxmax()]
+            said.append(
+                f"Patching the object's image tokens {_VERBS[str(direction)]} most after layer {int(top['layer'])}: "
+                f"{_estimate(top, 'effect')} of the answer (as many random positions {_estimate(top, 'control')})."
+            )
+        half = last[last["effect"] >= 0.5]
+        if len(half):
+            said.append(
+                f"From layer {int(half['layer'].iloc[0])} on, the last position {_VERBS[str(direction)]} more than half: "
+                f"{_estimate(half.iloc[0], 'effect')}."
+            )
+    return said
+
+
+def _estimate(row: pd.Series, name: str) -> str:
+    return f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"

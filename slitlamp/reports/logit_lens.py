@@ -1,0 +1,118 @@
+"""The figures of `LogitLens`."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from slitlamp.reports.draw import is_narrow, legend_below, reference_line
+from slitlamp.reports.drawing import Drawing, Tables
+from slitlamp.reports.style import BLUE, GREY, INK, ORANGE, VERMILLION, new_figure, styled
+
+_KINDS: Final[dict[str, tuple[str, str, Any, str]]] = {
+    "all": (INK, "d", "-", "all tokens"),
+    "object": (BLUE, "o", "-", "object in the image"),
+    "hallucinated": (VERMILLION, "X", (0, (5, 2)), "hallucinated object"),
+    "correct": (BLUE, "o", "-", "right answer"),
+    "wrong": (VERMILLION, "X", (0, (5, 2)), "wrong answer"),
+}
+_PLACES: Final[dict[str, tuple[str, str, Any, str]]] = {
+    "inside": (BLUE, "o", "-", "in the object's boxes"),
+    "outside": (ORANGE, "D", (0, (5, 2)), "outside of them"),
+    "shifted": (GREY, "v", (0, (2, 1.2)), "same shape elsewhere (control)"),
+}
+_TEXT: Final = {"probability": "p(emitted token)", "entropy": "entropy, nats", "kl": "KL(last layer || layer), nats"}
+_IMAGE: Final = {"auroc": "AUROC of the place", "probability": "p(object's name)"}
+
+
+@styled
+def lens_panel(
+    rows: pd.DataFrame, column: str, looks: dict[str, tuple[str, str, Any, str]], chance: float, ax: Axes
+) -> Axes:
+    """A metric by layer for several kinds, with intervals and the chance level.
+
+    Args:
+        rows: of one metric: columns layer, value, low, high, and `column`.
+        column: which column tells the kinds apart.
+        looks: by kind, its colour, marker, line and name.
+        chance: NaN where there is none.
+        ax: where to draw.
+    """
+    reference_line(ax, chance, "chance", horizontal=True, kind="chance")
+    for kind, (colour, marker, line, _) in looks.items():
+        some = rows[rows[column] == kind].sort_values("layer")
+        if len(some):
+            ax.fill_between(some["layer"], some["low"], some["high"], color=colour, alpha=0.15, linewidth=0, label="_interval")
+            ax.plot(some["layer"], some["value"], color=colour, marker=marker, linestyle=line, label=f"_{kind}")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    return ax
+
+
+def _draw(
+    table: pd.DataFrame,
+    column: str,
+    looks: dict[str, tuple[str, str, Any, str]],
+    metrics: dict[str, str],
+    chances: dict[str, float],
+    width: float,
+) -> Figure:
+    narrow = is_narrow(width)
+    figure = new_figure(width, 0.9 + 1.9 * len(metrics) if narrow else 3.1)
+    axes = np.atleast_1d(figure.subplots(*((len(metrics), 1) if narrow else (1, len(metrics))), sharex=True))
+    for number, (ax, (metric, label)) in enumerate(zip(axes, metrics.items(), strict=True)):
+        lens_panel(table[table["metric"] == metric], column, looks, chances.get(metric, float("nan")), ax)
+        ax.set_ylabel(label)
+        if number == len(metrics) - 1 or not narrow:
+            ax.set_xlabel("layer")
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle=line, label=name)
+        for kind, (colour, marker, line, name) in looks.items()
+        if (table[column] == kind).any()
+    ]
+    legend_below(figure, handles, columns=1 if narrow else None)
+    return figure
+
+
+def _text(tables: Tables, width: float) -> Figure | None:
+    text = tables.get("text")
+    if text is None or not len(text):
+        return None
+    chances = {str(metric): float(some["chance"].iloc[0]) for metric, some in text.groupby("metric")}
+    return _draw(text, "kind", _KINDS, _TEXT, chances, width)
+
+
+def _image(tables: Tables, width: float) -> Figure | None:
+    image = tables.get("image")
+    if image is None or not len(image):
+        return None
+    return _draw(image, "place", _PLACES, _IMAGE, {"auroc": 0.5}, width)
+
+
+def _of_text(tables: Tables) -> str:
+    text = tables["text"].query("kind == 'all'").iloc[0]
+    return (
+        f"The model's own norm and head on the residual stream after each block, at the positions that predict "
+        f"{int(text['n_tokens'])} tokens of {int(text['n_items'])} items; bands are 95 % bootstrap intervals over items. Where "
+        "the probability rises, the model settles on what it will say; the last layer is its prediction."
+    )
+
+
+def _of_image(tables: Tables) -> str:
+    one = tables["image"].iloc[0]
+    return (
+        f"The lens at image tokens, for the names of {int(one['n_objects'])} objects in {int(one['n_items'])} images: AUROC of "
+        "a place's tokens against all others, and mean probability; bands are 95 % bootstrap intervals over images. The "
+        "control is the same shape at another place on the image."
+    )
+
+
+FIGURES: Final = {
+    "text": Drawing("When the model settles on its words", _of_text, _text),
+    "image": Drawing("Do image tokens name what they show?", _of_image, _image),
+}
