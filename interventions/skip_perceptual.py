@@ -48,7 +48,7 @@ class SkipPerceptual(Intervention):
         tokens: who skips: "perceptual" (image tokens), "text" or "all".
         when: tokens of the prompt ("prefill"), generated tokens that are fed back ("decode"), or both.
         layers: 0-based blocks in place of the rule.
-        select: "rule", or "random": as many blocks as the rule (or `layers`) has, drawn from all.
+        select: "rule", or "random": as many blocks as the rule (or `layers`) has, drawn from all, but not the same ones.
         seed: of the random blocks.
     """
 
@@ -102,10 +102,12 @@ class SkipPerceptual(Intervention):
             chosen = ()
         else:
             chosen = tuple(one for one in range(self.start + 1, n_layers - 1) if one % self.interval == 0)
-        if self.select == "random":
-            drawn = np.random.default_rng(self.seed).permutation(n_layers)[: len(chosen)]
-            chosen = tuple(sorted(drawn.tolist()))
-        return chosen
+        if self.select == "rule" or len(chosen) in (0, n_layers):
+            return chosen
+        generator, drawn = np.random.default_rng(self.seed), chosen
+        while drawn == chosen:
+            drawn = tuple(sorted(generator.permutation(n_layers)[: len(chosen)].tolist()))
+        return drawn
 
     def saved(self, sizes: BlockSizes, tokens: Tokens) -> float:
         """The share of the operations of the decoder's blocks, in one run, that need not be done.

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from interventions import SkipPerceptual, SubnetMask
 from slitlamp.decoding import Intervention
@@ -34,7 +35,8 @@ from slitlamp.reports.style import (
     styled,
 )
 
-METRICS: Final = ("accuracy", "chair_i", "recall")
+POPE_METRICS: Final = ("accuracy",)
+CHAIR_METRICS: Final = ("chair_i", "recall")
 SKIP_LOOKS: Final = {
     "skip the FFN": ConditionStyle(BLUE, "o", "-", True),
     "skip the block": ConditionStyle(VERMILLION, "s", (0, (6, 1.5)), True),
@@ -96,9 +98,11 @@ def _scores(data: RunData, names: Sequence[str]) -> pd.DataFrame | None:
     table = data.table("conditions", "condition", "dataset", "metric", "value", "low", "high")
     if table is None:
         return None
-    shown = [*findings.caption_datasets(data)[:1], *findings.pope_datasets(data)[:1]]
-    rows = table[table["condition"].astype(str).isin([*names, data.reference]) & table["metric"].isin(METRICS)]
-    rows = rows[rows["dataset"].astype(str).isin(shown)]
+    shown: dict[str, tuple[str, ...]] = dict.fromkeys(findings.caption_datasets(data)[:1], CHAIR_METRICS)
+    shown |= dict.fromkeys(findings.pope_datasets(data)[:1], POPE_METRICS)
+    rows = table[table["condition"].astype(str).isin([*names, data.reference])]
+    pairs = zip(rows["dataset"].astype(str), rows["metric"].astype(str), strict=True)
+    rows = rows[[name in shown.get(dataset, ()) for dataset, name in pairs]]
     return None if rows.empty else rows.reset_index(drop=True)
 
 
@@ -234,9 +238,10 @@ def _panels(
     for ax, (dataset, name) in zip(axes, pairs, strict=False):
         rows = table[(table["dataset"].astype(str) == dataset) & (table["metric"] == name)]
         curves(rows, x, by, looks, ax)
-        ax.set_title(f"{metric(name).label}, {split_name(dataset)}" if name == "accuracy" else metric(name).label)
+        ax.set_title(f"{metric(name).label}, POPE {split_name(dataset)}" if name == "accuracy" else metric(name).label)
         ax.set_ylabel(metric(name).unit)
         ax.set_xlabel(label)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for ax in axes[len(pairs) :]:
         ax.set_visible(False)
     reference = {"reference": ConditionStyle(INK, "", (0, (4, 2)), True)}
@@ -283,7 +288,7 @@ def skipped_from(data: RunData, width: float) -> Figure | None:
     if len(kept) < 2:
         return None
     return _panels(
-        table[table["series"].isin(kept)], width, "start", "series", SKIP_LOOKS, {}, "blocks after this one are skipped"
+        table[table["series"].isin(kept)], width, "start", "series", SKIP_LOOKS, {}, "start (later blocks skip)"
     )
 
 

@@ -112,6 +112,9 @@ def test_random_blocks_are_as_many_and_seeded() -> None:
     drawn = [SkipPerceptual(interval=2, select="random", seed=seed).blocks(32) for seed in range(20)]
     assert all(len(one) == len(set(one)) == len(rule.blocks(32)) for one in drawn)
     assert len(set(drawn)) > 15
+    of_two = [SkipPerceptual(layers=[1], select="random", seed=seed).blocks(2) for seed in range(10)]
+    assert set(of_two) == {(0,)}  # never the very blocks that they are the control of
+    assert SkipPerceptual(layers=[0, 1], select="random").blocks(2) == (0, 1)
     assert drawn[3] == SkipPerceptual(interval=2, select="random", seed=3).blocks(32)
 
 
