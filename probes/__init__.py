@@ -6,6 +6,7 @@ from probes.attention_rollout import AttentionRollout
 from probes.cls_outliers import ClsOutliers
 from probes.head_divergence import HeadDivergence
 from probes.implicit_alignment import ImplicitAlignment
+from probes.linear_probe import LinearProbe
 from probes.logit_lens import LogitLens
 from probes.subnetworks import Subnetworks
 from probes.token_ablation import TokenAblation
@@ -19,6 +20,7 @@ __all__ = [
     "ClsOutliers",
     "HeadDivergence",
     "ImplicitAlignment",
+    "LinearProbe",
     "LogitLens",
     "Subnetworks",
     "TokenAblation",

@@ -23,6 +23,7 @@ from probes import (
     ClsOutliers,
     HeadDivergence,
     ImplicitAlignment,
+    LinearProbe,
     LogitLens,
     Subnetworks,
     TokenAblation,
@@ -56,6 +57,27 @@ class Case:
 
 HEADS = ("heads", "vhd")
 PROBES: dict[str, Case] = {
+    # one AUROC of six samples moves in ninths
+    "LinearProbe": Case(
+        lambda: LinearProbe(n_resamples=50, n_controls=0, n_permutations=0),
+        ("layers", "auroc"),
+        half=0.5,
+        needs_image=False,
+    ),
+    "LinearProbe category": Case(
+        lambda: LinearProbe(
+            target="category",
+            position="at_object",
+            site="z",
+            method="difference_of_means",
+            n_resamples=50,
+            n_controls=0,
+            n_permutations=0,
+        ),
+        ("layers", "auroc"),
+        half=0.5,
+        needs_image=False,
+    ),
     "LogitLens": Case(lambda: LogitLens(n_resamples=50), ("text", "value"), needs_image=False),
     "ActivationPatching": Case(
         lambda: ActivationPatching(n_resamples=50, layers=[1], directions=["denoising"], min_difference=0.1),

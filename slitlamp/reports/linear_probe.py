@@ -1,0 +1,94 @@
+"""The figures of `LinearProbe`."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from slitlamp.reports.draw import is_narrow, legend_below, reference_line
+from slitlamp.reports.drawing import Drawing, Tables
+from slitlamp.reports.style import BLUE, GREEN, INK, ORANGE, PURPLE, VERMILLION, new_figure, short_names, styled
+
+COLOURS: Final = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE)
+MARKERS: Final = ("o", "s", "D", "^", "P")
+LINES: Final[tuple[Any, ...]] = ("-", (0, (6, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (2, 1.2)), (0, (7, 3)))
+CONTROL: Final = "control labels (mean)"
+NULL: Final = "95 % of permuted labels"
+
+
+@styled
+def layer_curves(layers: pd.DataFrame, value: str, ax: Axes) -> Axes:
+    """A column against the layer for each class, with the interval where it has one, control labels and permutations."""
+    for place, (_, rows) in enumerate(layers.groupby("positive", sort=False)):
+        colour, marker, line = (kind[place % len(kind)] for kind in (COLOURS, MARKERS, LINES))
+        ax.plot(rows["layer"], rows[value], color=colour, marker=marker, linestyle=line, markersize=4.5, label="_curve")
+        if value == "auroc":
+            ax.fill_between(rows["layer"], rows["low"], rows["high"], color=colour, alpha=0.16, linewidth=0)
+            if place == 0:
+                ax.plot(
+                    rows["layer"], rows["control"], color=INK, linestyle=(0, (1, 1.2)), linewidth=1.1, label="_control"
+                )
+                ax.plot(
+                    rows["layer"], rows["null_high"], color=INK, linestyle=(0, (5, 2)), linewidth=0.9, label="_null"
+                )
+    reference_line(ax, 0.5 if value == "auroc" else 0.0, "", horizontal=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    ax.set_xlabel("layer")
+    return ax
+
+
+@styled
+def _layers(tables: Tables, width: float) -> Figure | None:
+    layers = tables.get("layers")
+    if layers is None or "selectivity" not in layers:
+        return None
+    both = bool(layers["selectivity"].notna().any())
+    figure = new_figure(width, (5.2 if both else 3.0) if is_narrow(width) else 3.2)
+    axes = (
+        [figure.add_subplot()]
+        if not both
+        else list(figure.subplots(2, 1) if is_narrow(width) else figure.subplots(1, 2))
+    )
+    layer_curves(layers, "auroc", axes[0]).set_ylabel("AUROC of left-out images")
+    if both:
+        layer_curves(layers, "selectivity", axes[1]).set_ylabel("selectivity (AUROC - control)")
+    legend_below(figure, _handles(layers))
+    return figure
+
+
+def _handles(layers: pd.DataFrame) -> list[Line2D]:
+    names = list(dict.fromkeys(layers["positive"]))
+    short = short_names(names)
+    handles = [
+        Line2D(
+            [], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i % len(LINES)],
+            markersize=4.5, label=short[name],
+        )
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    of = f" of {short[names[0]]}" if len(names) > 1 else ""
+    if layers["control"].notna().any():
+        handles.append(Line2D([], [], color=INK, linestyle=(0, (1, 1.2)), linewidth=1.1, label=CONTROL + of))
+    if layers["null_high"].notna().any():
+        handles.append(Line2D([], [], color=INK, linestyle=(0, (5, 2)), linewidth=0.9, label=NULL + of))
+    return handles
+
+
+def _caption(tables: Tables) -> str:
+    layers = tables["layers"]
+    first = layers.iloc[0]
+    n_folds = int(np.max(layers["n_folds"]))
+    return (
+        f"AUROC of linear probes for {first['target']} ({', '.join(dict.fromkeys(map(str, layers['positive'])))} against the "
+        f"rest) on images they were not fitted on ({n_folds} folds over {int(first['n_images'])} images), with 95 % bootstrap "
+        "intervals over images. Control labels are drawn at random per type; selectivity is the difference. Grey line: chance."
+    )
+
+
+FIGURES: Final = {"layers": Drawing("What a linear probe reads at each layer", _caption, _layers)}
