@@ -76,7 +76,8 @@ class ImplicitAlignment(GatheringProbe):
         vocabulary: whether to read states through the final norm and the head.
         n_ids: how many vocabulary ids to list per layer and modality.
         max_items: how many items similarities are over (the paper: 200); None for all.
-        n_buckets: into how many buckets of images the sums of unit vectors over all items are split, for their intervals.
+        n_buckets: into how many buckets of images the sums of unit vectors over all items are split, for their intervals;
+            the widths of these vary by about 1 in sqrt(2 n_buckets).
         token_items, max_tokens: of how many items how many tokens of each modality are kept.
         embedding: the picture of tokens: "tsne" (with PCA), "pca" or "none".
         embedding_layers: its layers; None for the first, the middle and the last.
@@ -97,7 +98,7 @@ class ImplicitAlignment(GatheringProbe):
     vocabulary: bool = True
     n_ids: int = 12
     max_items: int | None = 200
-    n_buckets: int = 20
+    n_buckets: int = 50
     token_items: int = 16
     max_tokens: int = 64
     embedding: Embedding = "tsne"
