@@ -81,7 +81,10 @@ def causal_targets(sample: Sample, anatomy: Anatomy, n_draws: int, seed: int) ->
             control_name="moved as far in random directions",
         )
     ]
-    others = rng.permutation([one for one in range(anatomy.n_layers) if one != block])[:n_draws].tolist()
+    # the last block's image tokens are read by nothing
+    others = rng.permutation([one for one in range(anatomy.n_layers - 1) if one != block])[:n_draws].tolist()
+    if not others:
+        return targets
     targets.append(
         CausalTarget(
             name=f"image tokens pass block {block}, which raises image-text cosine most, unchanged",

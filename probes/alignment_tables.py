@@ -152,3 +152,24 @@ def points(sample: Sample, layers: Sequence[int], n_tokens: int, embedding: Embe
             table["tsne1"], table["tsne2"] = where[:, 0].astype(np.float64), where[:, 1].astype(np.float64)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
+
+
+def summary(tables: Mapping[str, pd.DataFrame], missing: Sequence[str]) -> str:
+    """What was found, in two sentences; `missing` are the taps that this family lacks."""
+    scores = tables["ima"].set_index(["kind", "variant"])
+    one, clean = scores.loc[("same_layer", "raw")], scores.loc[("same_layer", "removed")]
+    curve = tables["similarity"].query("pair == 'image-text' and variant == 'removed'")
+    n_removed = int(tables["massive"]["n_removed"].sum())
+    without = f"{clean['value']:.2f} without {n_removed} massive dimensions" if n_removed else "no massive dimension"
+    ratios = tables["norms"].query("modality == 'image / text' and layer == 0").iloc[0]
+    text = (
+        f"Image-text cosine, mean over layers: {one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}] ({without}), from "
+        f"{curve['value'].iloc[0]:.3f} at the input to {curve['value'].iloc[-1]:.3f} after the last block; an image and "
+        f"its own text minus another's: {clean['difference']:.4f} [{clean['difference_low']:.4f}, "
+        f"{clean['difference_high']:.4f}] (n = {int(one['n_items'])})."
+    )
+    absent = f" This family has no {', '.join(missing)}." if missing else ""
+    return (
+        f"{text} Image tokens enter at {ratios['value']:.2f} [{ratios['low']:.2f}, {ratios['high']:.2f}] times the norm of "
+        f"text.{absent}"
+    )

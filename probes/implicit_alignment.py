@@ -11,6 +11,7 @@ import pandas as pd
 
 from probes import alignment_tables as tables_of
 from probes.alignment_causal import causal_targets
+from probes.alignment_checks import check_parameters
 from probes.alignment_compare import compare
 from probes.alignment_grid import REDUCTIONS, Reduction, bucket_sums, whole_grid
 from probes.alignment_sample import (
@@ -35,7 +36,7 @@ from probes.alignment_states import (
 )
 from probes.alignment_tables import Embedding
 from probes.alignment_vocabulary import Lens, read_vocabulary, token_texts
-from slitlamp.errors import InputError, UnsupportedError, unknown
+from slitlamp.errors import InputError
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import CausalTarget, GatheringProbe, Probe, ProbeResult, Site, Trace, sites
 from slitlamp.tracing.probe import Array, Labels, Part
@@ -113,7 +114,7 @@ class ImplicitAlignment(GatheringProbe):
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         """The residual stream of every layer and, with `inside`, the taps that this family has."""
-        self._check(anatomy)
+        check_parameters(self, anatomy)
         return [
             sites.resid_pre(layers=0),
             sites.resid_post(),
@@ -122,45 +123,6 @@ class ImplicitAlignment(GatheringProbe):
 
     def _taps(self, anatomy: Anatomy) -> list[str]:
         return [tap for tap in TAPS if anatomy.layers(tap)] if self.inside else []
-
-    def _check(self, anatomy: Anatomy) -> None:
-        for what, value, known in (
-            ("text", self.text, ("after_image", "all")),
-            ("generated", self.generated, ("with", "without", "only")),
-            ("standardise", self.standardise, ("joint", "scale", "modality")),
-            ("embedding", self.embedding, ("tsne", "pca", "none")),
-            *(("reduction", one, REDUCTIONS) for one in self.reductions),
-        ):
-            if value not in known:
-                raise unknown(what, value, known)
-        numbers = {
-            "max_items": self.max_items,
-            "n_buckets": self.n_buckets,
-            "token_items": self.token_items,
-            "max_tokens": self.max_tokens,
-            "n_ids": self.n_ids,
-            "embedding_tokens": self.embedding_tokens,
-            "n_draws": self.n_draws,
-            "massive_k": self.massive_k,
-        }
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise InputError(f"{name} must be at least 1, found {number}")
-        if not self.reductions:
-            raise InputError("reductions is empty; name at least one")
-        if self.massive_k is not None and self.massive_k >= anatomy.d_model:
-            raise InputError(f"massive_k {self.massive_k} would remove all {anatomy.d_model} dimensions")
-        if min(self.intervals, default=0) < 1:
-            raise InputError(f"intervals must hold numbers of layers from 1, found {list(self.intervals)}")
-        if min(self.intervals) >= max(anatomy.n_layers, 2):
-            raise InputError(f"no interval of {list(self.intervals)} is below the number of layers, {anatomy.n_layers}")
-        outside = [one for one in self.embedding_layers or () if not 0 <= one <= anatomy.n_layers]
-        if outside:
-            raise InputError(f"embedding_layers {outside} are not among 0 (the input) to {anatomy.n_layers}")
-        if anatomy.layers("cross_attention"):
-            raise UnsupportedError(
-                f"{anatomy.family.name} reads the image by cross-attention: there are no image tokens in the residual stream"
-            )
 
     def update(self, batch: Batch, trace: Trace, labels: Labels | None = None) -> None:
         """Take in one batch; labels are not needed."""
@@ -278,6 +240,10 @@ class ImplicitAlignment(GatheringProbe):
     def _measured_taps(self) -> list[str]:
         return [tap for tap in TAPS if self._has(f"layers_{tap}")]
 
+    def _missing(self) -> list[str]:
+        """Taps that this family does not have."""
+        return [tap for tap in TAPS if self.inside and not self._has(f"layers_{tap}")]
+
     def result(self) -> ProbeResult:
         """The ten quantities of IMA that are of activations, by table (7 to 9, of weights and of skipping, are elsewhere).
 
@@ -317,7 +283,7 @@ class ImplicitAlignment(GatheringProbe):
                 sorted({0, (last + 1) // 2, last}) if self.embedding_layers is None else list(self.embedding_layers)
             )
             tables["tokens"] = tables_of.points(sample, layers, self.embedding_tokens, self.embedding, self.seed)
-        return ProbeResult(name=self.name, tables=tables, summary=self._summary(tables))
+        return ProbeResult(name=self.name, tables=tables, summary=tables_of.summary(tables, self._missing()))
 
     def _change(self, name: str, steps: Sequence[int], groups: Array, bootstrap: Bootstrap) -> pd.DataFrame:
         """Over all items: interval, modality, layer (of the earlier state), value, low, high, n_items."""
@@ -339,28 +305,6 @@ class ImplicitAlignment(GatheringProbe):
                 table.insert(1, "measure", measured)
                 found.append(table)
         return pd.concat(found, ignore_index=True)
-
-    def _summary(self, tables: dict[str, pd.DataFrame]) -> str:
-        scores = tables["ima"].set_index(["kind", "variant"])
-        one, clean = scores.loc[("same_layer", "raw")], scores.loc[("same_layer", "removed")]
-        curve = tables["similarity"].query("pair == 'image-text' and variant == 'removed'")
-        n_removed = int(tables["massive"]["n_removed"].sum())
-        without = (
-            f"{clean['value']:.2f} without {n_removed} massive dimensions" if n_removed else "no massive dimension"
-        )
-        ratios = tables["norms"].query("modality == 'image / text' and layer == 0").iloc[0]
-        text = (
-            f"Image-text cosine, mean over layers: {one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}] ({without}), from "
-            f"{curve['value'].iloc[0]:.3f} at the input to {curve['value'].iloc[-1]:.3f} after the last block; an image and "
-            f"its own text minus another's: {clean['difference']:.4f} [{clean['difference_low']:.4f}, "
-            f"{clean['difference_high']:.4f}] (n = {int(one['n_items'])})."
-        )
-        missing = [tap for tap in TAPS if self.inside and not self._has(f"layers_{tap}")]
-        absent = f" This family has no {', '.join(missing)}." if missing else ""
-        return (
-            f"{text} Image tokens enter at {ratios['value']:.2f} [{ratios['low']:.2f}, {ratios['high']:.2f}] times the norm of "
-            f"text.{absent}"
-        )
 
     def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
         """Image tokens moved onto the mean of the text where alignment rises most, or kept out of the block that raises it."""
