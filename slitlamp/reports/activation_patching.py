@@ -42,7 +42,13 @@ def position_panel(rows: pd.DataFrame, ax: Axes) -> Axes:
         if not len(some):
             continue
         ax.fill_between(
-            some["layer"], some["effect_low"], some["effect_high"], color=colour, alpha=0.15, linewidth=0, label="_interval"
+            some["layer"],
+            some["effect_low"],
+            some["effect_high"],
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+            label="_interval",
         )
         ax.plot(some["layer"], some["effect"], color=colour, marker=marker, linestyle=line, label=f"_{role}")
         if role in ("object", "last"):
@@ -53,7 +59,10 @@ def position_panel(rows: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
-def _panels(tables: Tables, name: str, width: float, tall: float, wide: float) -> tuple[Figure, list[tuple[str, Axes]]] | None:
+@styled
+def _panels(
+    tables: Tables, name: str, width: float, tall: float, wide: float
+) -> tuple[Figure, list[tuple[str, Axes]]] | None:
     """A figure with one panel per direction that a table has."""
     table = tables.get(name)
     if table is None or not len(table):
@@ -66,6 +75,7 @@ def _panels(tables: Tables, name: str, width: float, tall: float, wide: float) -
     return figure, list(zip(directions, axes, strict=True))
 
 
+@styled
 def _positions(tables: Tables, width: float) -> Figure | None:
     made = _panels(tables, "positions", width, 2.3, 3.7)
     if made is None:
@@ -76,7 +86,7 @@ def _positions(tables: Tables, width: float) -> Figure | None:
         position_panel(table[table["direction"] == direction], ax)
         ax.set_title(_WHAT[direction])
         if number == 0 or is_narrow(width):
-            ax.set_ylabel("share of the logit difference")
+            ax.set_ylabel("share of LD")
         if number == len(panels) - 1 or not is_narrow(width):
             ax.set_xlabel("layer")
     handles = [
@@ -89,6 +99,7 @@ def _positions(tables: Tables, width: float) -> Figure | None:
     return figure
 
 
+@styled
 def _heads(tables: Tables, width: float) -> Figure | None:
     made = _panels(tables, "heads", width, 2.4, 3.1)
     if made is None:
@@ -117,7 +128,7 @@ def head_panel(heads: pd.DataFrame, limit: float, ax: Axes) -> Axes:
     grid = heads.pivot(index="layer", columns="head", values="effect").sort_index().sort_index(axis=1)
     seaborn.heatmap(
         grid.astype(float), ax=ax, cmap="RdBu", center=0, vmin=-limit, vmax=limit, linewidths=0.6, linecolor="white",
-        cbar_kws={"label": "share of the logit difference", "pad": 0.02},
+        cbar_kws={"label": "share of LD", "pad": 0.02},
     )  # fmt: skip
     found = heads[heads["p_adjusted"] < 0.05]
     columns, rows = list(grid.columns), list(grid.index)
@@ -129,6 +140,7 @@ def head_panel(heads: pd.DataFrame, limit: float, ax: Axes) -> Axes:
     return ax
 
 
+@styled
 def _attribution(tables: Tables, width: float) -> Figure | None:
     if "agreement" not in tables:
         return None
@@ -141,7 +153,9 @@ def _attribution(tables: Tables, width: float) -> Figure | None:
         some = table[table["direction"] == direction]
         agreement_panel(some, ax)
         pearson = agreement.query("method == 'pearson' and direction == @direction")
-        said = [f"r {one.correlation:.2f} [{one.low:.2f}, {one.high:.2f}] {one.component}" for one in pearson.itertuples()]
+        said = [
+            f"r {one.correlation:.2f} [{one.low:.2f}, {one.high:.2f}] {one.component}" for one in pearson.itertuples()
+        ]
         ax.set_title("\n".join([direction, *said]), fontweight="normal", fontsize=8.5)
         if number == 0 or is_narrow(width):
             ax.set_ylabel("first-order estimate")
@@ -181,29 +195,35 @@ def agreement_panel(rows: pd.DataFrame, ax: Axes) -> Axes:
 
 def _caption(tables: Tables) -> str:
     return (
-        f"Share of LD(clean) - LD(corrupt) that patching restores in the corrupt run, or takes away in the clean one, over "
-        f"{len(tables['items'])} items"
+        "LD is the logit of the right answer less that of its rival. Share of LD(clean) - LD(corrupt) that patching restores in "
+        f"the corrupt run, or takes away in the clean one, over {len(tables['items'])} items"
     )
 
 
 FIGURES: Final = {
     "positions": Drawing(
         "Where the answer is, position by position",
-        lambda tables: f"{_caption(tables)}: the residual stream after each block, by the role of the positions that are "
-        "patched. Bands are 95 % bootstrap intervals; dotted lines are as many random other positions. 1 at the last position "
-        "of the last layer is so by construction.",
+        lambda tables: (
+            f"{_caption(tables)}: the residual stream after each block, by the role of the positions that are "
+            "patched. Bands are 95 % bootstrap intervals; dotted lines are as many random other positions. 1 at the last "
+            "position of the last layer is so by construction."
+        ),
         _positions,
     ),
     "heads": Drawing(
         "Which heads carry the answer",
-        lambda tables: f"{_caption(tables)}: the output of one head at all positions. Rings: above the mean of all other heads "
-        "(Benjamini-Hochberg, 5 %).",
+        lambda tables: (
+            f"{_caption(tables)}: the output of one head at all positions. Rings: above the mean of all other heads "
+            "(Benjamini-Hochberg, 5 %)."
+        ),
         _heads,
     ),
     "attribution": Drawing(
         "Is the first-order estimate right?",
-        lambda tables: f"{_caption(tables)}, estimated as gradient times difference (attribution patching), against the exact "
-        "effect of patching; one point per role or head and layer. r: Pearson correlation over these places, 95 % interval.",
+        lambda tables: (
+            f"{_caption(tables)}, estimated as gradient times difference (attribution patching), against the exact "
+            "effect of patching; one point per role or head and layer. r: Pearson correlation over these places, 95 % interval."
+        ),
         _attribution,
     ),
 }

@@ -51,6 +51,7 @@ def knockout_panel(effects: pd.DataFrame, flow: str, ax: Axes) -> Axes:
     return ax
 
 
+@styled
 def _knockout(tables: Tables, width: float) -> Figure | None:
     effects = tables.get("effects")
     if effects is None or not len(effects):
@@ -63,7 +64,7 @@ def _knockout(tables: Tables, width: float) -> Figure | None:
     for ax, flow in zip(axes, flows, strict=True):
         knockout_panel(effects, flow, ax)
     for ax in axes if narrow else axes[:1]:
-        ax.set_ylabel("change of p(answer), %")
+        ax.set_ylabel("change of p, %")
     for ax in axes[-1:] if narrow else axes:
         ax.set_xlabel("layer (centre of the window)")
     handles = [

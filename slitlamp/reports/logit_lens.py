@@ -27,7 +27,7 @@ _PLACES: Final[dict[str, tuple[str, str, Any, str]]] = {
     "outside": (ORANGE, "D", (0, (5, 2)), "outside of them"),
     "shifted": (GREY, "v", (0, (2, 1.2)), "same shape elsewhere (control)"),
 }
-_TEXT: Final = {"probability": "p(emitted token)", "entropy": "entropy, nats", "kl": "KL(last layer || layer), nats"}
+_TEXT: Final = {"probability": "p(emitted token)", "entropy": "entropy, nats", "kl": "KL to the last, nats"}
 _IMAGE: Final = {"auroc": "AUROC of the place", "probability": "p(object's name)"}
 
 
@@ -44,16 +44,20 @@ def lens_panel(
         chance: NaN where there is none.
         ax: where to draw.
     """
-    reference_line(ax, chance, "chance", horizontal=True, kind="chance")
+    reference_line(ax, chance, horizontal=True, kind="chance")
     for kind, (colour, marker, line, _) in looks.items():
         some = rows[rows[column] == kind].sort_values("layer")
         if len(some):
-            ax.fill_between(some["layer"], some["low"], some["high"], color=colour, alpha=0.15, linewidth=0, label="_interval")
+            ax.fill_between(
+                some["layer"], some["low"], some["high"], color=colour, alpha=0.15, linewidth=0, label="_interval"
+            )
             ax.plot(some["layer"], some["value"], color=colour, marker=marker, linestyle=line, label=f"_{kind}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    ax.margins(y=0.08)
     return ax
 
 
+@styled
 def _draw(
     table: pd.DataFrame,
     column: str,
@@ -75,6 +79,7 @@ def _draw(
         for kind, (colour, marker, line, name) in looks.items()
         if (table[column] == kind).any()
     ]
+    handles.append(Line2D([], [], color=GREY, linewidth=1.0, linestyle=(0, (4, 2)), label="chance"))
     legend_below(figure, handles, columns=1 if narrow else None)
     return figure
 
@@ -91,6 +96,7 @@ def _image(tables: Tables, width: float) -> Figure | None:
     image = tables.get("image")
     if image is None or not len(image):
         return None
+    image = image[(image["metric"] != "auroc") | (image["place"] != "outside")]  # it is 1 - that of the inside
     return _draw(image, "place", _PLACES, _IMAGE, {"auroc": 0.5}, width)
 
 

@@ -15,6 +15,8 @@ from probes.patching_places import contrast, random_places, roles
 from probes.patching_tables import Gathered, tables_of
 from slitlamp.decoding.views import image_free
 from slitlamp.errors import InputError, UnknownNameError, UnsupportedError
+from slitlamp.reports.activation_patching import FIGURES
+from slitlamp.reports.style import NARROW
 from slitlamp.vlm import VLM
 
 QUESTION = "<image> is there a dog in the image ?"
@@ -225,7 +227,7 @@ def test_the_layer_position_and_head_that_carry_the_answer_are_found(planted: tu
     agreement = tables["agreement"].set_index(["direction", "component", "method"])["correlation"]
     assert agreement[("denoising", "heads", "pearson")] > 0.999
     assert tables["items"]["item"].nunique() == len(tables["items"]) / 2  # two batches of the same names
-    assert "head 1.2" in planted[1].result().summary
+    assert "The head that restores most is 1.2" in planted[1].result().summary
 
 
 def test_the_finding_is_given_as_edits_with_controls(planted: tuple[VLM, ActivationPatching]) -> None:
@@ -310,3 +312,19 @@ def test_parameters_are_checked(llava: VLM) -> None:
     for parameters, error, match in cases:
         with pytest.raises(error, match=match):
             ActivationPatching(**parameters).sites(llava.anatomy)
+
+
+def test_figures_are_drawn_from_the_tables(planted: tuple[VLM, ActivationPatching]) -> None:
+    result = planted[1].result()
+    figures = result.figures()
+    assert set(figures) == {"positions", "heads", "attribution"}
+    drawn = next(line for line in figures["positions"].axes[0].lines if line.get_label() == "_last").get_ydata()
+    table = result.tables["positions"].query("direction == 'denoising' and role == 'last'")
+    np.testing.assert_allclose(np.asarray(drawn, dtype=float), table["effect"])
+    heads = result.tables["heads"].query("direction == 'denoising'")
+    mesh = np.asarray(figures["heads"].axes[0].collections[0].get_array()).ravel()
+    np.testing.assert_allclose(mesh, heads["effect"])
+    for drawing in FIGURES.values():
+        assert drawing.caption(result.tables)
+        assert drawing.draw(result.tables, NARROW) is not None
+        assert drawing.draw({}) is None

@@ -21,6 +21,8 @@ from probes.knockout_flows import (
     window_of,
 )
 from slitlamp.errors import InputError, UnknownNameError
+from slitlamp.reports.attention_knockout import FIGURES
+from slitlamp.reports.style import NARROW
 from slitlamp.tracing import sites
 from slitlamp.vlm import VLM
 
@@ -215,3 +217,18 @@ def test_parameters_are_checked(llava: VLM) -> None:
     for parameters, error, match in cases:
         with pytest.raises(error, match=match):
             AttentionKnockout(**parameters).sites(llava.anatomy)
+
+
+def test_figures_are_drawn_from_the_tables(planted: AttentionKnockout) -> None:
+    result = planted.result()
+    figures = result.figures()
+    assert set(figures) == {"knockout"}
+    panel = figures["knockout"].axes[1]
+    assert panel.get_title(loc="left") == "image → last"
+    drawn = next(line for line in panel.lines if line.get_label() == "_change").get_ydata()
+    table = result.tables["effects"].query("flow == 'image_to_last'")
+    np.testing.assert_allclose(np.asarray(drawn, dtype=float), 100 * table["change"])
+    for drawing in FIGURES.values():
+        assert drawing.caption(result.tables)
+        assert drawing.draw(result.tables, NARROW) is not None
+        assert drawing.draw({}) is None

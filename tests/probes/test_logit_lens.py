@@ -19,6 +19,8 @@ from probes import LogitLens
 from probes.lens_readout import at_object, name_tokens, read_image, read_text
 from slitlamp.errors import InputError
 from slitlamp.models.patches import Patches
+from slitlamp.reports.logit_lens import FIGURES
+from slitlamp.reports.style import NARROW
 from slitlamp.tracing import sites
 from slitlamp.tracing.trace import Source
 from slitlamp.vlm import VLM
@@ -189,3 +191,17 @@ def test_text_alone_can_be_read(llava: VLM) -> None:
     probe = LogitLens(n_resamples=20)
     llava.measure(probe, batch)
     assert set(probe.result().tables) == {"text"}
+
+
+def test_figures_are_drawn_from_the_tables(naming: VLM) -> None:
+    probe = LogitLens(n_resamples=50)
+    naming.measure(probe, *asked(naming, [True, False, True]))
+    result = probe.result()
+    figures = result.figures()
+    assert set(figures) == {"text", "image"}
+    drawn = next(line for line in figures["image"].axes[0].lines if line.get_label() == "_inside").get_ydata()
+    np.testing.assert_allclose(np.asarray(drawn, dtype=float), 1)
+    for drawing in FIGURES.values():
+        assert drawing.caption(result.tables)
+        assert drawing.draw(result.tables, NARROW) is not None
+        assert drawing.draw({}) is None
