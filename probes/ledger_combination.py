@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from probes.ledger_ranking import FALSE, Detection, covariates_of, usable
 from probes.ledger_signals import Signal
-from probes.linear_fits import Folds, fit_logistic, grouped_folds
+from probes.linear_fits import (
+    DEFAULT_STRENGTHS,
+    CrossValidated,
+    Folds,
+    cross_validated,
+    fit_logistic,
+    grouped_folds,
+)
 from slitlamp.errors import InputError
 
 FloatArray = NDArray[np.float64]
@@ -25,6 +32,10 @@ COMBINATIONS: Mapping[str, frozenset[str]] = {
 }
 """Which families of signals each combination takes. Baselines are position, mention index and object frequency; what can be known
 without a look inside is the output distribution and the baselines."""
+
+
+_PENALTY = 100.0
+"""Of the probe where there are too few images to choose it: two folds."""
 
 
 def folds_of(false: NDArray[np.bool_], groups: NDArray[Any], n_folds: int, seed: int) -> Folds | None:
@@ -40,17 +51,28 @@ def folds_of(false: NDArray[np.bool_], groups: NDArray[Any], n_folds: int, seed:
     return None
 
 
+def probe_fits(
+    states: NDArray[Any], false: NDArray[np.bool_], groups: NDArray[Any], *, n_folds: int, seed: int
+) -> CrossValidated | None:
+    """The probe on states [token, d]: a logistic regression cross-validated by image, its penalty chosen inside the training
+    folds. None where there are too few images of a class.
+    """
+    features = torch.tensor(states, dtype=torch.float64)
+    for count in range(min(n_folds, len(np.unique(groups))), 1, -1):
+        strengths = DEFAULT_STRENGTHS if count > 2 else (_PENALTY,)
+        try:
+            return cross_validated([features], false, groups, strengths=strengths, n_folds=count, seed=seed)
+        except InputError:
+            continue  # too few images of a class for so many folds
+    return None
+
+
 def out_of_fold(
-    features: NDArray[Any], false: NDArray[np.bool_], groups: NDArray[Any], *, n_folds: int, seed: int, penalty: float
+    states: NDArray[Any], false: NDArray[np.bool_], groups: NDArray[Any], *, n_folds: int, seed: int
 ) -> FloatArray:
-    """Scores of a logistic regression on features [token, d], each from a fit on other images; NaN where there are too few."""
-    folds = folds_of(false, groups, n_folds, seed)
-    if folds is None:
-        return np.full(len(false), np.nan)
-    x = torch.tensor(features, dtype=torch.float64)
-    fit = fit_logistic(x, torch.tensor(false), folds, strengths=[penalty])
-    scores = fit.scores(x)[0, :, 0]  # [fold, token]
-    return np.asarray(scores[folds.test.int().argmax(dim=0), torch.arange(len(false))].numpy(), dtype=np.float64)
+    """The probe's score of every token [token], from a fit on other images; NaN where there are too few."""
+    fits = probe_fits(states, false, groups, n_folds=n_folds, seed=seed)
+    return np.full(len(false), np.nan) if fits is None else fits.scores[0].double().numpy().copy()
 
 
 def combined_scores(
@@ -62,7 +84,6 @@ def combined_scores(
     *,
     n_folds: int,
     seed: int,
-    penalty: float,
 ) -> FloatArray:
     """Out-of-fold scores of a logistic combination of signals [token, signal].
 
@@ -73,20 +94,23 @@ def combined_scores(
     scores = np.full(len(false), np.nan)
     for test in folds.test.numpy():
         train, x = ~test, columns
-        if states is not None:
-            inner = out_of_fold(states[train], false[train], groups[train], n_folds=n_folds, seed=seed, penalty=penalty)
-            probe = _scores(states, false, train, penalty)
-            probe[train] = inner
-            # too few images to cross-validate within: the combination goes without the probe
-            x = columns if np.isnan(inner).any() else np.column_stack([columns, probe])
-        scores[test] = _scores(x, false, train, 1.0)[test]
+        fits = (
+            None
+            if states is None
+            else probe_fits(states[train], false[train], groups[train], n_folds=n_folds, seed=seed)
+        )
+        if (
+            states is not None and fits is not None
+        ):  # with too few images to cross-validate within it goes without the probe
+            probe = states.astype(np.float64) @ fits.directions[0].numpy() + float(fits.intercepts[0])
+            probe[train] = fits.scores[0].numpy()
+            x = np.column_stack([columns, probe])
+        fit = fit_logistic(
+            torch.tensor(x, dtype=torch.float64), torch.tensor(false), torch.tensor(train)[None], strengths=[1.0]
+        )
+        # a fold's own intercept depends on the labels that it holds out: it is left out, as in `cross_validated`
+        scores[test] = (x[test] - x[train].mean(axis=0)) @ fit.coefficients[0, 0, 0].numpy()
     return scores
-
-
-def _scores(x: NDArray[Any], false: NDArray[np.bool_], train: NDArray[np.bool_], penalty: float) -> FloatArray:
-    features = torch.tensor(x, dtype=torch.float64)
-    fit = fit_logistic(features, torch.tensor(false), torch.tensor(train)[None], strengths=[penalty])
-    return np.array(fit.scores(features)[0, 0, 0].numpy(), dtype=np.float64)
 
 
 def combination_table(
@@ -97,7 +121,6 @@ def combination_table(
     *,
     detection: Detection,
     n_folds: int,
-    penalty: float,
 ) -> tuple[pd.DataFrame, FloatArray]:
     """Each combination's AUROC, and its paired difference from other detectors on the same tokens.
 
@@ -120,7 +143,7 @@ def combination_table(
             continue
         found = combined_scores(
             ledger[plain].to_numpy(dtype=np.float64), own_states, false, groups, folds,
-            n_folds=n_folds, seed=detection.seed, penalty=penalty,
+            n_folds=n_folds, seed=detection.seed,
         )  # fmt: skip
         if np.isfinite(found).all():
             scores[name], sizes[name] = found, len(mine)

@@ -39,7 +39,6 @@ class TokenLedger(GatheringProbe):
         truth_layer: after which layer the state before the object is probed; None for the middle one (best in TruthPrInt).
         noise_step: of the diffusion schedule, 0 to 999, at which the image of the token visual dependence is noised [?];
             VCD takes 500.
-        penalty: lambda of the probe's logistic regression on standardised states (scikit-learn's 1 / C) [?].
         fpr: the false positive rate at which the true positive rate is given.
         n_folds: of the cross-validated probe and combination, grouped by image.
         seed: of the noise, the folds, the random number and the bootstrap.
@@ -53,7 +52,6 @@ class TokenLedger(GatheringProbe):
     lens_layers: Sequence[int] | None = None
     truth_layer: int | None = None
     noise_step: int = 500
-    penalty: float = 100.0
     fpr: float = 0.01
     n_folds: int = 5
     seed: int = 0
@@ -68,8 +66,6 @@ class TokenLedger(GatheringProbe):
             raise InputError(f"top_k and n_outliers must be 1 or more, found {self.top_k} and {self.n_outliers}")
         if not 0 <= self.noise_step < 1000:
             raise InputError(f"noise_step must be 0 to 999, found {self.noise_step}")
-        if not 0 < self.penalty < float("inf"):
-            raise InputError(f"penalty must be positive, found {self.penalty}")
         if not 0 < self.fpr < 1:
             raise InputError(f"fpr must lie between 0 and 1, found {self.fpr}")
         if self.n_folds < 2:
@@ -130,7 +126,7 @@ class TokenLedger(GatheringProbe):
         redundancy = redundancy_table(ledger, signals, n_resamples=self.n_resamples, seed=self.seed)
         combined, ledger["combined"] = combination_table(
             ledger, signals, ranking, states,
-            detection=self._detection(), n_folds=self.n_folds, penalty=self.penalty,
+            detection=self._detection(), n_folds=self.n_folds,
         )  # fmt: skip
         tables = {"ledger": ledger, "ranking": ranking, "signals": signal_table(signals)}
         tables |= {"redundancy": redundancy} if len(redundancy) else {}
@@ -155,7 +151,7 @@ class TokenLedger(GatheringProbe):
         if "truthful_score" in ledger:
             false = np.isin(columns["label"], FALSE)
             ledger["truthful_score"] = out_of_fold(
-                self._get("state"), false, columns["image"], n_folds=self.n_folds, seed=self.seed, penalty=self.penalty
+                self._get("state"), false, columns["image"], n_folds=self.n_folds, seed=self.seed
             )
         return ledger
 
@@ -245,8 +241,8 @@ def _summary(tables: dict[str, pd.DataFrame]) -> str:
     together = tables.get("combination", pd.DataFrame({"against": []}))
     for row in together[together["against"] == best["title"]].head(1).to_dict("records"):
         text += (
-            f" All signals together change that by {row['difference']:+.3f} [{row['difference_low']:+.3f}, "
-            f"{row['difference_high']:+.3f}]."
+            f" All signals together change that by {row['difference']:+.4f} [{row['difference_low']:+.4f}, "
+            f"{row['difference_high']:+.4f}]."
         )
     wrong = real.loc[real["agrees"] == "no", "title"]
     return text + (f" Against the declared direction: {', '.join(wrong)}." if len(wrong) else "")

@@ -92,7 +92,6 @@ def test_only_what_the_signals_need_is_run(llava: VLM) -> None:
         ({"noise_step": 1000}, "noise_step"),
         ({"fpr": 0.0}, "fpr"),
         ({"n_folds": 1}, "n_folds"),
-        ({"penalty": 0.0}, "penalty"),
         ({"truth_layer": 3}, "truth_layer"),
         ({"lens_layers": [0, -4]}, "lens_layers"),
         ({"vision_layer": 7}, "vision_layer"),
