@@ -8,6 +8,7 @@ from probes.head_divergence import HeadDivergence
 from probes.implicit_alignment import ImplicitAlignment
 from probes.linear_probe import LinearProbe
 from probes.logit_lens import LogitLens
+from probes.representation_similarity import RepresentationSimilarity
 from probes.subnetworks import Subnetworks
 from probes.token_ablation import TokenAblation
 from probes.token_ledger import TokenLedger
@@ -22,6 +23,7 @@ __all__ = [
     "ImplicitAlignment",
     "LinearProbe",
     "LogitLens",
+    "RepresentationSimilarity",
     "Subnetworks",
     "TokenAblation",
     "TokenLedger",

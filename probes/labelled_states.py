@@ -45,6 +45,17 @@ def state_site(site: str, layers: Sequence[int] | None, position: str, anatomy: 
     return make(layers, where, label=LABEL)  # type: ignore[arg-type]
 
 
+def need_images(batch: Batch) -> None:
+    """Refuse rows without an image, which have no mean over it.
+
+    Raises:
+        InputError: names them.
+    """
+    missing = [name for name, row in zip(batch.ids, batch.image_mask, strict=True) if not bool(row.any())]
+    if missing:
+        raise InputError(f"rows without an image have no mean over it: {', '.join(missing)}")
+
+
 def samples(table: pd.DataFrame, n_generated: int, position: str, target: str) -> pd.DataFrame:
     """The samples of one row: token, value of the target, and type (the word where nothing else is known).
 
@@ -81,6 +92,8 @@ def samples(table: pd.DataFrame, n_generated: int, position: str, target: str) -
 
 def gathered_rows(batch: Batch, trace: Trace, labels: Labels | None, position: str, target: str) -> dict[str, Array]:
     """The samples of a batch, for `GatheringProbe._rows`: item, group, token, value, type, and states [sample, layer, d]."""
+    if position == "image_mean":
+        need_images(batch)
     record = trace[LABEL]
     states = record.stack().flatten(2 if position == "image_mean" else 3).float()  # [layer, batch, (position,) d]
     found: dict[str, list[Array]] = {one: [] for one in ("item", "group", "token", "value", "type", "state")}

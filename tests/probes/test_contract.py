@@ -25,6 +25,7 @@ from probes import (
     ImplicitAlignment,
     LinearProbe,
     LogitLens,
+    RepresentationSimilarity,
     Subnetworks,
     TokenAblation,
     TokenLedger,
@@ -57,6 +58,15 @@ class Case:
 
 HEADS = ("heads", "vhd")
 PROBES: dict[str, Case] = {
+    "RepresentationSimilarity": Case(
+        lambda: RepresentationSimilarity(measures=["cka", "svcca", "procrustes", "mutual_knn"], k=1),
+        ("layers", "value"),
+    ),
+    "RepresentationSimilarity last": Case(
+        lambda: RepresentationSimilarity(measures=["procrustes"], position="last", site="z"),
+        ("layers", "value"),
+        needs_image=False,
+    ),
     # one AUROC of six samples moves in ninths
     "LinearProbe": Case(
         lambda: LinearProbe(n_resamples=50, n_controls=0, n_permutations=0),
