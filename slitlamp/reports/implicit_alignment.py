@@ -36,6 +36,11 @@ def _legend(figure: Figure, axes: list[Axes]) -> None:
     legend_below(figure, list(entries.values()))
 
 
+def _title_size(width: float) -> float:
+    """Of the titles of panels that stay side by side where it is narrow."""
+    return 8.0 if is_narrow(width) else 9.5
+
+
 @styled
 def _grid(
     width: float, n_panels: int, height: float, columns: int, *, sharey: bool = False
@@ -139,7 +144,7 @@ def _change(tables: Tables, width: float) -> Figure | None:
         }
         panels.curves(ax, control, "modality", controls, faint=True, column="control")
         name = "no massive" if variant == "removed" else variant
-        ax.set_title(name if len(steps) == 1 else f"{name}, +{step}")
+        ax.set_title(name if len(steps) == 1 else f"{name}, +{step}", fontsize=_title_size(width))
         ax.set_ylim(-0.55, 1.05)
         if variant == "raw":
             ax.set_ylabel(f"cosine with layer + {step}")
@@ -215,7 +220,7 @@ def _inside(tables: Tables, width: float) -> Figure | None:
     for ax, (measured, modality) in zip(axes, places, strict=False):
         rows = table[(table["measure"] == measured) & (table["modality"] == modality)]
         panels.curves(ax, rows, "tap", TAPS)
-        ax.set_title(f"{'norm' if measured == 'norm' else 'next block'}, {modality}")
+        ax.set_title(f"{'norm' if measured == 'norm' else 'next block'}, {modality}", fontsize=_title_size(width))
         if measured == "norm":
             panels.log_axis(ax)
             ax.set_ylabel("median L2 norm")
@@ -225,7 +230,8 @@ def _inside(tables: Tables, width: float) -> Figure | None:
         panels.layer_axis(ax, "block")
     for ax, variant in zip(axes[4:], shown, strict=True):
         panels.curves(ax, cosines[cosines["variant"] == variant], "tap", TAPS, zero=True)
-        ax.set_title(variant if is_narrow(width) else f"image-text, {variant}")
+        gap = "\n" if is_narrow(width) else " "
+        ax.set_title(f"image-text,{gap}{variant}", fontsize=_title_size(width))
         ax.set_ylabel("cosine")
         panels.layer_axis(ax, "block")
     _legend(figure, axes)
