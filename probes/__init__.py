@@ -9,6 +9,7 @@ from probes.implicit_alignment import ImplicitAlignment
 from probes.linear_probe import LinearProbe
 from probes.logit_lens import LogitLens
 from probes.representation_similarity import RepresentationSimilarity
+from probes.steering_vectors import SteeringVectors
 from probes.subnetworks import Subnetworks
 from probes.token_ablation import TokenAblation
 from probes.token_ledger import TokenLedger
@@ -24,6 +25,7 @@ __all__ = [
     "LinearProbe",
     "LogitLens",
     "RepresentationSimilarity",
+    "SteeringVectors",
     "Subnetworks",
     "TokenAblation",
     "TokenLedger",

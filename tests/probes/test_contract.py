@@ -26,6 +26,7 @@ from probes import (
     LinearProbe,
     LogitLens,
     RepresentationSimilarity,
+    SteeringVectors,
     Subnetworks,
     TokenAblation,
     TokenLedger,
@@ -58,6 +59,12 @@ class Case:
 
 HEADS = ("heads", "vhd")
 PROBES: dict[str, Case] = {
+    # in folds of one image each, an image of one kind leaves no pair: difference of means and logistic only
+    "SteeringVectors": Case(
+        lambda: SteeringVectors(methods=["difference_of_means", "logistic"], n_resamples=50),
+        ("layers", "norm"),
+        needs_image=False,
+    ),
     "RepresentationSimilarity": Case(
         lambda: RepresentationSimilarity(measures=["cka", "svcca", "procrustes", "mutual_knn"], k=1),
         ("layers", "value"),
