@@ -31,7 +31,8 @@ def similarity_map(rows: pd.DataFrame, ax: Axes, *, both: bool) -> Axes:
     )  # fmt: skip
     ax.tick_params(length=0)
     ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
-    ax.set_title(f"{NAMES[str(rows['measure'].iloc[0])]} (random {rows['null'].mean():.2f})", fontsize=8.5)
+    null = round(float(rows["null"].mean()), 2) + 0.0  # no minus before a zero
+    ax.set_title(f"{NAMES[str(rows['measure'].iloc[0])]}\nrandom {null:.2f}", fontsize=8.5)
     return ax
 
 
@@ -39,7 +40,7 @@ def _panels(table: pd.DataFrame, width: float, both: bool, across: str, down: st
     measures = list(dict.fromkeys(table["measure"]))
     columns = min(len(measures), 2 if is_narrow(width) else 3)
     rows = -(-len(measures) // columns)
-    figure = new_figure(width, rows * (1.9 if is_narrow(width) else 2.3) + 0.2)
+    figure = new_figure(width, rows * (2.1 if is_narrow(width) else 2.5) + 0.2)
     for place, measure in enumerate(measures):
         ax = figure.add_subplot(rows, columns, place + 1)
         similarity_map(table[table["measure"] == measure], ax, both=both)
@@ -69,8 +70,8 @@ def _models(tables: Tables, width: float) -> Figure | None:
 def _caption(tables: Tables) -> str:
     table = tables["models"] if "models" in tables else tables["layers"]
     return (
-        f"Similarity of the states of {int(table['n_items'].iloc[0])} items, layer against layer; 1 is equal geometry. In "
-        "brackets what the same measure gives on average for items matched at random, which is its zero."
+        f"Similarity of the states of {int(table['n_items'].iloc[0])} items, layer against layer; 1 is equal geometry. Above "
+        "each map stands what the same measure gives on average for items matched at random, which is its zero."
     )
 
 
