@@ -61,7 +61,7 @@ class ActivationPatching(GatheringProbe):
         layers: 0-based; None for all.
         min_difference: least |LD_clean - LD_corrupt| of an item, in logits [?].
         seed: of the noise, the random positions and the bootstrap.
-        n_resamples: of the bootstrap, over items.
+        n_resamples: of the bootstrap, over groups of items that share an image.
     """
 
     corrupt: Corrupt = "noise"
@@ -196,6 +196,7 @@ class ActivationPatching(GatheringProbe):
         self._constants(layer=np.array(layers), n_heads=np.array(clean["z"][layers[0]].shape[2]))
         self._rows(
             item=np.array([batch.ids[kept[row]] for row in rows], dtype=str),
+            group=np.array([batch.groups[kept[row]] for row in rows], dtype=str),
             ld=np.stack([ends["clean"], ends["corrupt"]], axis=1)[rows],
             present=torch.stack([one.any(dim=1) for one in places.values()], dim=1).cpu().numpy()[kept][rows],
             unanswered=np.array([batch.size - len(kept)]),
@@ -257,6 +258,7 @@ class ActivationPatching(GatheringProbe):
         return Gathered(
             layers=[int(one) for one in self._get("layer")],
             items=item,
+            groups=self._get("group"),
             differences=self._get("ld"),
             present=self._get("present"),
             effects=found,

@@ -56,7 +56,7 @@ class AttentionKnockout(GatheringProbe):
             18 layers (`default_window`).
         layers: centres of the windows, 0-based; None for all.
         seed: of the random pairs and the bootstrap.
-        n_resamples: of the bootstrap, over items.
+        n_resamples: of the bootstrap, over groups of items that share an image.
     """
 
     flows: Sequence[Flow] = ("image_to_question", "image_to_last", "question_to_last")
@@ -142,6 +142,7 @@ class AttentionKnockout(GatheringProbe):
         self._constants(centre=np.array(centres), window=np.array([[one[0], one[-1]] for one in windows]))
         self._rows(
             item=np.array([batch.ids[row] for row in kept], dtype=str),
+            group=np.array([batch.groups[row] for row in kept], dtype=str),
             p_base=np.exp(base),
             changes=changes,
             present=present.cpu().numpy(),
@@ -171,6 +172,8 @@ class AttentionKnockout(GatheringProbe):
             cut, control = ratio(total[..., :count], n), ratio(total[..., count : 2 * count], n)
             return np.concatenate([cut, control, cut - control], axis=-1)
 
+        groups = self._get("group")
+        sums = pd.DataFrame(sums).groupby(groups, sort=False).sum().to_numpy()
         found = cluster_bootstrap(sums, means, n_resamples=self.n_resamples, seed=self.seed, p_value=True)
         assert isinstance(found, list)
         cut, control, difference = found[:count], found[count : 2 * count], found[2 * count :]
@@ -186,13 +189,14 @@ class AttentionKnockout(GatheringProbe):
                 **_columns("difference", difference),
                 "p": [_lower(one) for one in difference],
                 "n_items": np.repeat(present.sum(axis=0), n_layers),
+                "n_groups": [len(np.unique(groups[here])) for here in present.T for _ in range(n_layers)],
             }
         )
         table = table[table["n_items"] > 0].reset_index(drop=True)
         if not len(table):
             raise InputError(f"no item has any of the flows {', '.join(self.flows)}")
         p = table["p"].to_numpy(dtype=np.float64)
-        table.insert(len(table.columns) - 1, "p_adjusted", benjamini_hochberg(p) if not np.isnan(p).all() else p)
+        table.insert(len(table.columns) - 2, "p_adjusted", benjamini_hochberg(p) if not np.isnan(p).all() else p)
         return table
 
     def _summary(self, effects: pd.DataFrame) -> str:

@@ -37,17 +37,18 @@ class LogitLens(GatheringProbe):
       way of writing it): inside the object's boxes, outside, and, as the control, at the same shape moved elsewhere on the
       image. Needs labels with boxes.
 
-    Only sums are kept, one row per item. TransformerLens's own tools run on the same recordings:
-    `trace.to_activation_cache().logit_lens(positions=None)` gives the lens of every layer, `.accumulated_resid(...)` and
-    `.logit_attrs(...)` the parts of the stream and what they add to a logit (record `sites.resid_pre()`, `sites.attn_out()`
-    and `sites.mlp_out()`).
+    Only sums are kept, one row per item; questions about one image are one group of the bootstrap.
+
+    TransformerLens's own tools run on the same recordings: `trace.to_activation_cache().logit_lens(positions=None)` gives the
+    lens of every layer, `.accumulated_resid(...)` and `.logit_attrs(...)` the parts of the stream and what they add to a logit
+    (record `sites.resid_pre()`, `sites.attn_out()` and `sites.mlp_out()`).
 
     Attributes:
         layers: 0-based; None for all. The last one is always added: others are compared with it.
         image: whether image tokens are read.
         n_shifted: how many shifted places the control averages.
         seed: of the shifted places and the bootstrap.
-        n_resamples: of the bootstrap, over items.
+        n_resamples: of the bootstrap, over groups of items that share an image.
     """
 
     layers: Sequence[int] | None = None
@@ -80,11 +81,11 @@ class LogitLens(GatheringProbe):
             if count:
                 emitted = batch.input_ids[row, generated[row]]
                 values = read_text(source, [one[row, :count] for one in states], emitted)
-                self._add_text(batch.ids[row], values, table)
+                self._add_text(batch.groups[row], values, table)
         if self.image and bool(batch.image_mask.any()) and batch.cross_mask is None:
             self._add_images(batch, trace, labels)
 
-    def _add_text(self, item: str, values: Array, table: pd.DataFrame | None) -> None:
+    def _add_text(self, group: str, values: Array, table: pd.DataFrame | None) -> None:
         """One row of sums over an item's tokens, for every kind."""
         of_kind = np.zeros((len(KINDS), values.shape[1]))
         of_kind[0] = 1
@@ -93,7 +94,7 @@ class LogitLens(GatheringProbe):
             for number, kind in enumerate(KINDS[1:], start=1):
                 of_kind[number, tokens[given == kind]] = 1
         self._rows(
-            text_item=np.array([item]),
+            text_group=np.array([group]),
             text_sums=np.einsum("kt,ltm->klm", of_kind, values)[None],
             text_count=of_kind.sum(axis=1)[None],
         )
@@ -118,7 +119,7 @@ class LogitLens(GatheringProbe):
             found = [one for one in each if one is not None]
             if found:
                 self._rows(
-                    image_item=np.array([item]),
+                    image_group=np.array([batch.groups[row]]),
                     image_sums=np.sum(found, axis=0)[None],
                     image_count=np.array([float(len(found))]),
                 )
@@ -139,7 +140,7 @@ class LogitLens(GatheringProbe):
         def means(total: Array) -> Array:
             return ratio(total[..., : n_kinds * size], np.repeat(total[..., n_kinds * size :], size, axis=-1))
 
-        found = self._intervals(np.hstack([sums.reshape(n_items, -1), count]), means)
+        found = self._intervals(np.hstack([sums.reshape(n_items, -1), count]), self._get("text_group"), means)
         d_vocab = int(self._get("d_vocab"))
         chance = [1 / d_vocab, (d_vocab + 1) / 2, 1 / d_vocab, np.log(d_vocab), np.nan]
         table = pd.DataFrame(
@@ -153,6 +154,7 @@ class LogitLens(GatheringProbe):
                 "chance": np.tile(chance, n_kinds * n_layers),
                 "n_tokens": np.repeat(count.sum(axis=0), size).astype(int),
                 "n_items": np.repeat((count > 0).sum(axis=0), size),
+                "n_groups": np.repeat([len(np.unique(self._get("text_group")[one > 0])) for one in count.T], size),
             }
         )
         return table[table["n_tokens"] > 0].reset_index(drop=True)
@@ -169,9 +171,10 @@ class LogitLens(GatheringProbe):
             flat = [found.reshape(*total.shape[:-1], -1), over.reshape(*total.shape[:-1], -1)]
             return np.concatenate(flat, axis=-1)
 
-        found = self._intervals(np.hstack([sums.reshape(n_items, -1), count[:, None]]), means)
+        found = self._intervals(np.hstack([sums.reshape(n_items, -1), count[:, None]]), self._get("image_group"), means)
         size = n_layers * n_places * n_metrics
-        numbers = {"n_objects": int(count.sum()), "n_items": n_items}
+        n_groups = len(np.unique(self._get("image_group")))
+        numbers = {"n_objects": int(count.sum()), "n_items": n_items, "n_groups": n_groups}
         table = pd.DataFrame(
             {
                 "layer": np.repeat(layers, n_places * n_metrics),
@@ -197,7 +200,8 @@ class LogitLens(GatheringProbe):
         contrast["p_adjusted"] = p if np.isnan(p).all() else benjamini_hochberg(p)
         return table, contrast.assign(**numbers)
 
-    def _intervals(self, sums: Array, statistic: Any) -> list[Interval]:
+    def _intervals(self, sums: Array, groups: Array, statistic: Any) -> list[Interval]:
+        sums = pd.DataFrame(sums).groupby(groups, sort=False).sum().to_numpy()
         found = cluster_bootstrap(sums, statistic, n_resamples=self.n_resamples, seed=self.seed, p_value=True)
         return found if isinstance(found, list) else [found]
 

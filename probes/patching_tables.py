@@ -30,6 +30,7 @@ class Gathered:
     Attributes:
         layers: 0-based.
         items: their ids.
+        groups: what each item shares with items that are not independent of it: its image.
         differences: LD of the clean and the corrupt run, [item, 2].
         present: whether an item has positions of a role, [item, role].
         effects: by name: `positions_<direction>` [item, role, layer, (patched, control)], `heads_<direction>` [item, layer,
@@ -40,6 +41,7 @@ class Gathered:
 
     layers: Sequence[int]
     items: Array
+    groups: Array
     differences: Array
     present: Array
     effects: Mapping[str, Array]
@@ -56,6 +58,7 @@ class Gathered:
             return ratio(total[..., :count], total[..., count:])
 
         sums = np.hstack([values * weights, weights.astype(np.float64)])
+        sums = pd.DataFrame(sums).groupby(self.groups, sort=False).sum().to_numpy()
         found = cluster_bootstrap(sums, mean, n_resamples=self.n_resamples, seed=self.seed, p_value=True)
         return found if isinstance(found, list) else [found]
 
@@ -105,6 +108,7 @@ def _positions(gathered: Gathered, direction: str) -> pd.DataFrame:
             **_columns("difference", found[2::3]),
             "p": [_p(one) for one in found[2::3]],
             "n_items": np.repeat(gathered.present.sum(axis=0), n_layers),
+            "n_groups": [len(np.unique(gathered.groups[here])) for here in gathered.present.T for _ in range(n_layers)],
         }
     )
     return table[table["n_items"] > 0].reset_index(drop=True)
@@ -128,6 +132,7 @@ def _heads(gathered: Gathered, direction: str) -> pd.DataFrame:
             **_columns("difference", found[2 * count :]),
             "p": [_p(one) for one in found[2 * count :]],
             "n_items": n_items,
+            "n_groups": len(np.unique(gathered.groups)),
         }
     )
 

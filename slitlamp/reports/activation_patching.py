@@ -205,8 +205,8 @@ FIGURES: Final = {
         "Where the answer is, position by position",
         lambda tables: (
             f"{_caption(tables)}: the residual stream after each block, by the role of the positions that are "
-            "patched. Bands are 95 % bootstrap intervals; dotted lines are as many random other positions. 1 at the last "
-            "position of the last layer is so by construction."
+            "patched. Bands are 95 % bootstrap intervals over images; dotted lines are as many random other positions. 1 at the "
+            "last position of the last layer is so by construction."
         ),
         _positions,
     ),

@@ -81,7 +81,7 @@ def _caption(tables: Tables) -> str:
     return (
         f"Relative change of the probability of the answer's first token when positions may not attend to others in windows of "
         f"{width} layer{'s' if width > 1 else ''} (cut off at the ends), over {int(effects['n_items'].max())} right answers; "
-        "bands are 95 % bootstrap intervals over items. Dashed: as many random pairs of other positions cut in the same layers. "
+        "bands are 95 % bootstrap intervals over images. Dashed: as many random pairs of other positions cut in the same layers. "
         "The further below the dashed line, the more the answer needs the flow there."
     )
 

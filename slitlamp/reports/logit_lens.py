@@ -104,7 +104,7 @@ def _of_text(tables: Tables) -> str:
     text = tables["text"].query("kind == 'all'").iloc[0]
     return (
         f"The model's own norm and head on the residual stream after each block, at the positions that predict "
-        f"{int(text['n_tokens'])} tokens of {int(text['n_items'])} items; bands are 95 % bootstrap intervals over items. Where "
+        f"{int(text['n_tokens'])} tokens of {int(text['n_items'])} items; bands are 95 % bootstrap intervals over images. Where "
         "the probability rises, the model settles on what it will say; the last layer is its prediction."
     )
 

@@ -260,6 +260,7 @@ def test_noise_gives_as_many_findings_as_stated() -> None:
         gathered = Gathered(
             layers=[0, 1, 2],
             items=np.array([f"i{i}" for i in range(40)]),
+            groups=np.array([f"i{i}" for i in range(40)]),
             differences=np.ones((40, 2)),
             present=np.ones((40, 5), dtype=bool),
             effects={"heads_denoising": rng.normal(0.1, 1, (40, 3, 4))},

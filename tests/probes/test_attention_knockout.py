@@ -182,6 +182,7 @@ def test_random_weights_give_as_many_findings_as_stated(monkeypatch: pytest.Monk
         fresh._constants(centre=np.arange(3), window=np.stack([np.arange(3)] * 2, axis=1))
         fresh._rows(
             item=np.array([f"i{i}" for i in range(40)]),
+            group=np.array([f"i{i}" for i in range(40)]),
             p_base=np.full(40, 0.9),
             changes=rng.normal(0, 5, (40, 2, len(probe.flows), 3)),
             present=np.ones((40, 3), dtype=bool),
@@ -232,3 +233,24 @@ def test_figures_are_drawn_from_the_tables(planted: AttentionKnockout) -> None:
         assert drawing.caption(result.tables)
         assert drawing.draw(result.tables, NARROW) is not None
         assert drawing.draw({}) is None
+
+
+def test_questions_about_one_image_are_resampled_together() -> None:
+    """Each question three times, as one group: the same values, and the interval of the questions, not of three times as many."""
+    single, triple = AttentionKnockout(), AttentionKnockout()
+    rng = np.random.default_rng(0)
+    changes = rng.normal(-0.2, 0.1, (12, 2, 3, 2))
+    for probe, times in ((single, 1), (triple, 3)):
+        probe._constants(centre=np.arange(2), window=np.stack([np.arange(2)] * 2, axis=1))
+        probe._rows(
+            item=np.array([f"i{i}" for i in range(12 * times)]),
+            group=np.repeat([f"g{i}" for i in range(12)], times),
+            p_base=np.full(12 * times, 0.9),
+            changes=np.repeat(changes, times, axis=0),
+            present=np.ones((12 * times, 3), dtype=bool),
+            left_out=np.array([0]),
+        )
+    one, other = (probe.result().tables["effects"] for probe in (single, triple))
+    columns = ["change", "change_low", "change_high", "p", "n_groups"]
+    pd.testing.assert_frame_equal(one[columns], other[columns])
+    assert (other["n_items"] == 36).all()
