@@ -151,7 +151,8 @@ def _batches(plan: Plan, vlm: VLM, data: Dataset, rows: pd.DataFrame, limit: int
     size = plan.experiment.batch_size
     items, tokens = data.items[:limit], [[int(token) for token in row] for row in rows["tokens"]]
     for start in range(0, len(items), size):
-        chosen, ids = items[start : start + size], tokens[start : start + size]
+        chosen = items[start : start + size]
+        ids = tokens[start : start + len(chosen)]
         decoded = [token_spans(vlm.tokenizer, row) for row in ids]
         batch = encoded(vlm, chosen).with_continuation(ids)
         yield batch, labels_of([text for text, _ in decoded], [spans for _, spans in decoded], data, chosen)
