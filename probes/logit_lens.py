@@ -209,10 +209,10 @@ class LogitLens(GatheringProbe):
         """The layer after which the emitted token's probability has risen most, skipped, against other layers."""
         text = self._text().query("kind == 'all' and metric == 'probability'")
         layers, values = text["layer"].to_numpy(), text["value"].to_numpy(dtype=np.float64)
-        if len(layers) < 2 or len(layers) != anatomy.n_layers:
+        if len(layers) < 3 or len(layers) != anatomy.n_layers:
             return []
         top = int(layers[1:][np.argmax(np.diff(values))])
-        others = np.setdiff1d(layers, [top])
+        others = np.setdiff1d(layers[1:], [top])  # what the first layer gains is not known
         rng = np.random.default_rng(self.seed)
         drawn = rng.choice(others, size=min(_CONTROLS, len(others)), replace=False)
 
