@@ -15,12 +15,12 @@ from slitlamp.tracing.probe import Array, Labels
 
 POSITIONS = ("before_object", "at_object", "last", "image_mean")
 STATES = {
-    one.__name__: one
-    for one in (
-        sites.resid_pre, sites.resid_mid, sites.resid_post, sites.attn_out, sites.mlp_out, sites.ln1, sites.ln2, sites.z,
-        sites.mlp_post,
+    name: getattr(sites, name)
+    for name in (
+        *("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln1", "ln2"),
+        *("z", "mlp_post"),
     )
-}  # fmt: skip
+}
 LABEL = "state"
 POSITIVES = {"label": "hallucinated", "correct": "correct", "truth": "yes"}
 """Of the targets with two values, the one that counts as positive; other targets are taken one value against the rest."""
@@ -41,8 +41,8 @@ def state_site(site: str, layers: Sequence[int] | None, position: str, anatomy: 
     make = STATES[site]
     if position == "image_mean":
         return make(layers, "image", "mean", label=LABEL)
-    where = {"before_object": "before_generated", "at_object": "generated", "last": "last"}[position]
-    return make(layers, where, label=LABEL)  # type: ignore[arg-type]
+    # the last position of the prompt is the first that predicts a generated token
+    return make(layers, "generated" if position == "at_object" else "before_generated", label=LABEL)
 
 
 def need_images(batch: Batch) -> None:

@@ -85,7 +85,7 @@ def views_for(needs: set[Need], settings: Settings) -> dict[str, View]:
     def noised(batch: Batch, trace: Trace) -> tuple[Batch, list[Edit]]:
         return diffused(batch, settings.noise_step, settings.seed), []
 
-    before = "before_generated"
+    before: Literal["before_generated"] = "before_generated"
     free = [sites.z(positions=before)] if "heads" in needs else []
     free += [sites.logits(positions=before)] if "without" in needs else []
     views = {"without": View(without_image, free)} if free else {}

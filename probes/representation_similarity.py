@@ -68,7 +68,7 @@ class RepresentationSimilarity(GatheringProbe):
             raise InputError("needs a measure, k from 1, share in (0, 1], n_permutations from 0 and n_parts from 2")
         make = STATES[self.site]
         if self.position == "last":
-            return [make(self.layers, "last", label="state")]
+            return [make(self.layers, "before_generated", label="state")]  # the first of them
         return [
             make(self.layers, "image" if self.position == "image_mean" else "text_after_image", "mean", label="state")
         ]

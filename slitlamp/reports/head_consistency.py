@@ -47,7 +47,7 @@ def _agreement(rows: pd.DataFrame, labels: list[str], width: float) -> Figure:
     narrow = is_narrow(width)
     tall = 0.85 + 0.3 * len(rows) * (1 + 0.5 * any("\n" in one for one in labels))
     figure = new_figure(width, 2 * tall if narrow else tall)
-    first, second = figure.subplots(2 if narrow else 1, 1 if narrow else 2)
+    first, second = figure.subplots(2 if narrow else 1, 1 if narrow else 2, squeeze=False).ravel()
     agreement_panel(rows, labels, "spearman", first)
     agreement_panel(rows, labels, "overlap", second)
     if not narrow:
