@@ -309,7 +309,7 @@ def subnetworks(data: RunData, width: float) -> Figure | None:
         return None
     rules = (table["rule"] == "reference") | (table["tokens"] == "both")
     table = (table[rules] if (table["tokens"] == "both").any() else table).assign(sparsity=100 * table["sparsity"])
-    return _panels(table, width, "sparsity", "rule", RULE_LOOKS, RULE_NAMES, "dropped for each kind of tokens (%)")
+    return _panels(table, width, "sparsity", "rule", RULE_LOOKS, RULE_NAMES, "dropped per row (%)")
 
 
 def subnetworks_note(data: RunData) -> str:
