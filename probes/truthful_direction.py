@@ -57,7 +57,7 @@ class TruthfulDirection(GatheringProbe):
         anchors: keep the states at the last prompt position and the mean over the image, which align models (see `compare`).
         strengths: penalties that the logistic regression chooses from.
         n_folds: of the cross-validation; no more than there are items.
-        n_controls: control labelings that are drawn.
+        n_controls: control labelings that are drawn (the perceptron, trained anew for each, has one at most).
         permutations: of the labels across images, for p values of the linear methods that hold for any number of dimensions
             and samples (the intervals take the classifiers as given, and near 1/2 are too narrow: in simulated noise 13 % of
             the 95 % intervals miss 1/2). The perceptron has none: each is a training of its own.

@@ -147,6 +147,8 @@ def _validated(
     if n_folds < 3:  # nothing is left to choose a penalty on
         strengths = (sorted(strengths)[len(strengths) // 2],)
     controls = options.n_controls if kinds is not None and len(np.unique(kinds)) > 1 else 0
+    if method == "mlp":  # each is a training of its own
+        controls = min(controls, 1)
     pick = torch.from_numpy(np.arange(len(label))[kept])
     return cross_validated(
         lambda place: states(layers[place])[pick],

@@ -107,7 +107,11 @@ def heat_map(square: pd.DataFrame, ax: Axes | None = None, *, random: float = 0.
         small: numbers in place of names below, the scale below the map, and no values in it.
     """
     ax = axes_or_new(ax, height=1.2 + 0.4 * len(square))
-    bar = {"label": "IoU" if small else f"IoU (random masks: {random:.2f})", "shrink": 0.85, "pad": 0.06 if small else 0.02}
+    bar = {
+        "label": "IoU" if small else f"IoU (random masks: {random:.2f})",
+        "shrink": 0.85,
+        "pad": 0.06 if small else 0.02,
+    }
     seaborn.heatmap(
         square.astype(float), ax=ax, cmap=MAP, vmin=random, vmax=1, annot=len(square) <= MAX_ANNOTATED and not small,
         fmt=".2f", annot_kws={"fontsize": 7.5}, linewidths=0.6, linecolor="white",

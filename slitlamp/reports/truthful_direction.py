@@ -235,17 +235,17 @@ FIGURES: Final[dict[str, Drawing]] = {
     "layers": Drawing(
         "Where hallucination can be read",
         lambda tables: (
-            "AUROC of probes on the states of every layer, with 95 % bands, against control labels (one random label per object; "
-            "mean and range of the draws), against -log p of the token, and chance. A probe that learns objects rather than truth "
-            f"does as well on control labels. {_sample(tables)}"
+            "AUROC of probes on the states of every layer, with 95 % bands, against control labels (one random label per "
+            "object; mean and range of the draws), against -log p of the token, and chance. A probe that learns objects rather "
+            f"than truth does as well on control labels. {_sample(tables)}"
         ),
         _layers,
     ),
     "scores": Drawing(
         "Scores of hallucinated and true mentions",
         lambda tables: (
-            "Out-of-fold scores of the probe at the layer that other images chose, and -log p of the token. Values outside the axis "
-            f"are counted in the last bins. {_sample(tables)}"
+            "Out-of-fold scores of the probe at the layer that other images chose, and -log p of the token. Values outside the "
+            f"axis are counted in the last bins. {_sample(tables)}"
         ),
         _scores,
     ),
@@ -261,32 +261,33 @@ FIGURES: Final[dict[str, Drawing]] = {
         "The least confident step before a mention (PMC)",
         lambda tables: (
             "Mean over mentions of the smallest of the largest probabilities among the preceding tokens of the sentence, by how "
-            "many there are (points of at least 5 mentions), and hallucinated minus true mentions without and with control of that "
-            "number; 95 % intervals over images. Published: .29 hallucinated against .22 true, and .247 against .2975 in a replication."
+            "many there are (points of at least 5 mentions), and hallucinated minus true mentions without and with control of "
+            "that number; 95 % intervals over images. Published: .29 hallucinated against .22 true, and .247 against .2975 in a "
+            "replication."
         ),
         _pmc,
     ),
     "layer_transfer": Drawing(
         "From layer to layer",
         lambda tables: (
-            "AUROC of the logistic probe of one layer applied to the states of another, unaligned and after Procrustes on the states "
-            f"of the training images; diagonal: cross-validated on itself. Chance is .5. {_sample(tables)}"
+            "AUROC of the logistic probe of one layer applied to the states of another, unaligned and after Procrustes on the "
+            f"states of the training images; diagonal: cross-validated on itself. Chance is .5. {_sample(tables)}"
         ),
         _layer_matrix,
     ),
     "transfer_models": Drawing(
         "From model to model",
         lambda tables: (
-            "AUROC with its 95 % interval of probes trained on the row's model and applied to the column's, by alignment; images are "
-            "held out in both. Diagonal: trained on its own labels. Chance is .5."
+            "AUROC with its 95 % interval of probes trained on the row's model and applied to the column's, by alignment; images "
+            "are held out in both. Diagonal: trained on its own labels. Chance is .5."
         ),
         _matrices("model"),
     ),
     "transfer_datasets": Drawing(
         "From data set to data set",
         lambda tables: (
-            "AUROC with its 95 % interval of probes trained on the row's data set and applied to the column's, by alignment; images "
-            "are held out in both. Diagonal: trained on its own labels. Chance is .5."
+            "AUROC with its 95 % interval of probes trained on the row's data set and applied to the column's, by alignment; "
+            "images are held out in both. Diagonal: trained on its own labels. Chance is .5."
         ),
         _matrices("dataset"),
     ),
