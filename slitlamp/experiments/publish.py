@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+import yaml
 from PIL import Image
 
 from slitlamp.errors import RunFolderError
 from slitlamp.experiments import storage
 from slitlamp.experiments.folder import CONFIG, ENVIRONMENT, FIGURES, TABLES
 from slitlamp.experiments.run import Run
+from slitlamp.experiments.summary import summary
 
 MAX_ROWS = 1000
 """Longest table that is kept; longer ones hold items or tokens and are made again by the run."""
+README = "README.md"
 _COLOURS = 128
 
 
 def publish(run: Run, folder: str | Path) -> Path:
     """Copy what a reader needs of a finished run into `folder/<name of the run>`, in place of an earlier copy.
 
-    Figures are kept as PNG of 128 colours, tables of up to 1,000 rows as CSV.
+    Figures are kept as PNG of 128 colours, tables of up to 1,000 rows as CSV; README.md says what was found and shows the
+    figures. The README.md of `folder` lists all copies in it, in place of an earlier list.
 
     Raises:
         RunFolderError: the run has not ended, or its report was not made.
@@ -46,7 +52,39 @@ def publish(run: Run, folder: str | Path) -> Path:
         if len(frame) <= MAX_ROWS:
             text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
             storage.write_bytes(target / TABLES / f"{path.stem}.csv", text.encode())
+    storage.write_bytes(target / README, _page(run, target.name, [path.name for path in figures]).encode())
+    storage.write_bytes(Path(folder) / README, _index(Path(folder)).encode())
     return target
+
+
+def _page(run: Run, name: str, figures: list[str]) -> str:
+    """What a run found, and its figures."""
+    environment = run.environment
+    made = f"`slitlamp run {name}`, {_seconds(environment)} s on {environment['device']}, seed {environment['seed']}."
+    lines = [f"# {run.config.get('title') or name}", "", made, "", *(f"- {_plain(line)}" for line in summary(run))]
+    return "\n".join(lines + [part for one in figures for part in ("", f"![{one.removesuffix('.png')}]({one})")]) + "\n"
+
+
+def _index(folder: Path) -> str:
+    """The table of all copies in a folder."""
+    lines = ["# Results", "", "Copies of runs, made by `slitlamp publish`: what was found, figures, tables.", ""]
+    lines += ["| experiment | title | seconds |", "|---|---|---|"]
+    for config in sorted(folder.glob(f"*/{CONFIG}")):
+        name = config.parent.name
+        title = yaml.safe_load(config.read_text(encoding="utf-8")).get("title") or ""
+        lines.append(
+            f"| [{name}]({name}/{README}) | {_plain(title)} | {_seconds(storage.read_json(config.parent / ENVIRONMENT))} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _seconds(environment: dict[str, Any]) -> int:
+    return round(environment["timing"]["total"])
+
+
+def _plain(text: str) -> str:
+    """As Markdown shows it: no character of it is markup."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
 
 
 def _small(path: Path) -> bytes:

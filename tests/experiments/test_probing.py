@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -187,6 +188,11 @@ def test_a_small_copy_of_a_run_is_published(vlm: Any, captions: Dataset, tmp_pat
     assert (target / "head_divergence.png").stat().st_size < (
         run.folder / "figures" / "head_divergence.png"
     ).stat().st_size
+    page, index = (one.read_text() for one in (target / "README.md", tmp_path / "results" / "README.md"))
+    for line in summary(run):
+        assert line in re.sub(r"\\(.)", r"\1", page)
+    assert "(head_divergence.png)" in page
+    assert "(mine/README.md)" in index
     first = {path.name: path.read_bytes() for path in target.rglob("*.*") if path.is_file()}
     publish(run, tmp_path / "results")
     assert {path.name: path.read_bytes() for path in target.rglob("*.*") if path.is_file()} == first
