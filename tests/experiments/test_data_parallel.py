@@ -35,7 +35,7 @@ from slitlamp.vlm import VLM
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 
 Make = Callable[[str], Experiment]
-LIMIT = 60
+LIMIT = 150
 """Seconds after which a test takes processes for hanging."""
 
 

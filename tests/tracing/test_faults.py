@@ -13,7 +13,7 @@ from tiny_models import BUILDERS
 from untouched import snapshot
 
 from slitlamp.errors import InputError, NonFiniteError, UnknownNameError, UnsupportedError
-from slitlamp.tracing import Edit, Probe, sites
+from slitlamp.tracing import Edit, Probe, View, sites
 from slitlamp.tracing.attention_tap import _held, _observers
 from slitlamp.tracing.nonfinite import NonFiniteWarning
 from slitlamp.vlm import VLM
@@ -80,12 +80,12 @@ class Failing(Probe):
         return list(SITES)
 
     def views(self, anatomy):
-        def view(batch):
+        def view(batch, trace):
             if self.where == "view":
                 raise Boom
             return batch, at(0).edits(None) if self.where == "run of a view" else []
 
-        return {"other": view}
+        return {"other": View(view)}
 
     def update(self, batch, trace, labels=None):
         raise Boom
