@@ -22,12 +22,11 @@ from slitlamp.errors import InputError, unknown
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import AnyEdit, CausalTarget, GatheringProbe, ProbeResult, Site, Trace, View
 from slitlamp.tracing.gradients import Scalar
-from slitlamp.tracing.probe import Array, EditsOf, Labels
+from slitlamp.tracing.probe import N_DRAWS, Array, EditsOf, Labels
 from slitlamp.tracing.sites import logits, resid_post, z
 
 Direction = Literal["denoising", "noising"]
 Component = Literal["positions", "heads"]
-_CONTROLS = 5
 
 
 @dataclass
@@ -48,6 +47,11 @@ class ActivationPatching(GatheringProbe):
 
     The control of a role puts in as many random other positions (all others, for a role of more than half of them); that of
     a head is the mean of all other heads. p values are one-sided: a place carries more than its control.
+
+    `transformer_lens.patching` does the same for one head, or one position, of a model that it runs itself. It takes our traces
+    as its caches and gives the same numbers where it applies (docs/transformer_lens.md; a test compares them). The loop is here
+    because an image has many tokens, to be patched as a set that differs from row to row, and because runs are made batch by
+    batch by whoever measures, so that they can be resumed.
 
     Memory: both runs' residual streams and head outputs at all positions are held for a batch, and their gradients.
 
@@ -286,7 +290,7 @@ class ActivationPatching(GatheringProbe):
             return lambda batch: scale_heads(chosen)
 
         rng = np.random.default_rng(self.seed)
-        draws = [[others[i] for i in rng.choice(len(others), size=count, replace=False)] for _ in range(_CONTROLS)]
+        draws = [[others[i] for i in rng.choice(len(others), size=count, replace=False)] for _ in range(N_DRAWS)]
         return [
             CausalTarget(
                 f"the {count} heads that carry most of the answer set to zero",

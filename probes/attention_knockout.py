@@ -16,8 +16,10 @@ import torch
 from probes.knockout_flows import (
     FLOWS,
     Flow,
+    check_cut,
     cut_pairs,
     default_window,
+    flow_weights,
     measured_ids,
     measured_tokens,
     of_flow,
@@ -30,10 +32,8 @@ from slitlamp.errors import InputError, unknown
 from slitlamp.evaluation.statistics import Interval, benjamini_hochberg, cluster_bootstrap, ratio
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import AnyEdit, CausalTarget, GatheringProbe, ProbeResult, Site, Trace, View
-from slitlamp.tracing.probe import Array, EditsOf, Labels
+from slitlamp.tracing.probe import N_DRAWS, Array, EditsOf, Labels
 from slitlamp.tracing.sites import logits
-
-_N_CONTROLS = 5
 
 
 @dataclass
@@ -48,7 +48,11 @@ class AttentionKnockout(GatheringProbe):
 
     The control cuts, in the same layers, as many random pairs of positions that are not of the flow: what cutting that many
     connections anywhere does, those of the other flows included. p values are one-sided: the flow's cut lowers the
-    probability more than the control's. All runs are of the unmodified model, also where interventions are in force.
+    probability more than the control's. All runs are of the unmodified model, also where interventions are in force. In every
+    run with a cut the weights of its pairs are recorded after the softmax, and one that is not zero is an error.
+
+    TransformerLens has no knockout of its own: one would be written as a hook on `hook_attn_scores` of its bridge, which changes
+    the model, holds all scores of all rows, and knows no image tokens.
 
     Attributes:
         flows: which flows are cut.
@@ -106,7 +110,8 @@ class AttentionKnockout(GatheringProbe):
         for flow in self.flows:
             for centre in self._centres(anatomy):
                 layers = self._layers_cut(anatomy, centre)
-                found[f"{flow} {centre}"] = View(partial(without, flow, layers), [logits("last")])
+                seen = [logits("last"), flow_weights(flow, layers)]
+                found[f"{flow} {centre}"] = View(partial(without, flow, layers), seen)
                 found[f"{flow} {centre} control"] = View(partial(control, flow, layers), [logits("last")])
         return found
 
@@ -131,6 +136,9 @@ class AttentionKnockout(GatheringProbe):
             found = trace.views[view]["logits"][0][:, 0].double().log_softmax(dim=-1)
             return np.asarray(found.gather(1, ids.to(found.device)[:, None])[kept, 0].cpu())
 
+        for flow in self.flows:
+            for centre in centres:
+                check_cut(trace.views[f"{flow} {centre}"], flow)
         base = log_p("base")
         changes = np.zeros((len(kept), 2, len(self.flows), len(centres)))
         for number, flow in enumerate(self.flows):
@@ -229,7 +237,7 @@ class AttentionKnockout(GatheringProbe):
             CausalTarget(
                 f"{_words(flow)} cut in {where}",
                 target,
-                tuple(control(self.seed + 1 + draw) for draw in range(_N_CONTROLS)),
+                tuple(control(self.seed + 1 + draw) for draw in range(N_DRAWS)),
                 f"as many random pairs cut in {where}",
             )
         ]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models import Batch
-from slitlamp.tracing import AttentionEdit, Calls
+from slitlamp.tracing import AttentionEdit, Calls, Site, Trace
 from slitlamp.tracing.probe import Labels
+from slitlamp.tracing.sites import attention
 
 Flow = Literal["image_to_question", "image_to_last", "question_to_last", "image_to_generated"]
 FLOWS: tuple[str, ...] = get_args(Flow)
@@ -87,6 +88,52 @@ def of_flow(batch: Batch, flow: str) -> tuple[Tensor, Tensor]:
     source, _, target = flow.partition("_to_")
     found = places(batch)
     return found[target], found[source]
+
+
+_WITHIN = {"image": "image", "question": "text_after_image", "generated": "generated", "last": "last"}
+"""Named positions of a recording that hold those of each side of a flow."""
+
+
+def flow_weights(flow: str, layers: Sequence[int]) -> Site:
+    """Attention weights, summed over heads, that hold those of a flow: what `check_cut` looks at."""
+    source, _, target = flow.partition("_to_")
+    return attention(queries=_WITHIN[target], keys=_WITHIN[source], layers=layers, reduce_heads="sum")
+
+
+def check_cut(trace: Trace, flow: str) -> None:
+    """Assert that the weights of a flow, after the softmax, are zero in a run in which it was cut.
+
+    Args:
+        trace: of the run, with the recording `flow_weights`.
+        flow: which.
+
+    Raises:
+        UnsupportedError: a weight that is not zero: this model's attention does not heed the mask it is given.
+    """
+    batch = trace.batch
+    assert batch is not None
+    within = {
+        "image": batch.image_mask,
+        "text_after_image": batch.text_after_image_mask,
+        "generated": batch.generated_mask & batch.real_mask,
+        "last": places(batch)["last"],
+    }
+    record = trace["attention"]
+    sides = []
+    for mask, name, real in zip(
+        of_flow(batch, flow), (record.site.queries, record.site.keys), (record.mask, record.key_mask), strict=True
+    ):
+        inside = torch.zeros_like(real)
+        inside[real] = mask[within[str(name)]].to(real.device)
+        sides.append(inside)
+    pairs = sides[0][:, :, None] & sides[1][:, None, :]
+    for layer in record:
+        left = record[layer][pairs.to(record[layer].device)]
+        if bool((left != 0).any()):
+            raise UnsupportedError(
+                f"{flow} was cut in layer {layer}, and its attention weights reach {float(left.abs().max()):.2g}: this model's "
+                "attention does not heed its mask, so that it cannot be knocked out"
+            )
 
 
 def default_window(n_layers: int) -> int:

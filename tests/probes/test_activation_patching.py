@@ -15,8 +15,10 @@ from probes.patching_places import contrast, random_places, roles
 from probes.patching_tables import Gathered, tables_of
 from slitlamp.decoding.views import image_free
 from slitlamp.errors import InputError, UnknownNameError, UnsupportedError
+from slitlamp.models import Batch
 from slitlamp.reports.activation_patching import FIGURES
 from slitlamp.reports.style import NARROW
+from slitlamp.tracing import Edit, sites
 from slitlamp.vlm import VLM
 
 QUESTION = "<image> is there a dog in the image ?"
@@ -159,6 +161,70 @@ def test_equal_to_hooks_of_our_own(llava: VLM, image: Any) -> None:
     assert len(tables["positions"]) == 20
 
 
+class Driven(torch.nn.Module):
+    """What TransformerLens's patching functions ask of a model, on a batch with an image."""
+
+    def __init__(self, vlm: VLM, batch: Batch, cfg: Any) -> None:
+        super().__init__()
+        self.vlm, self.batch, self.cfg = vlm, batch, cfg
+
+    def run_with_hooks(self, tokens: torch.Tensor, fwd_hooks: list[Any]) -> torch.Tensor:
+        edits = [
+            Edit(
+                name.rsplit("hook_")[-1],
+                int(name.split(".")[1]),
+                lambda values, calls, hook=hook: hook(values, hook=None),
+            )  # type: ignore[misc]
+            for name, hook in fwd_hooks
+        ]
+        return self.vlm.forward(self.batch, edits=edits).logits
+
+
+def test_equal_to_transformer_lens_patching(llava: VLM, image: Any) -> None:
+    """Heads, and the last position, by TransformerLens's own functions with our traces as caches."""
+    from transformer_lens.patching import generic_activation_patch, get_act_patch_attn_head_out_all_pos
+    from transformer_lens.patching import layer_pos_patch_setter as put
+
+    batch = llava.encode([image(0), image(1)], [QUESTION, "<image> is there a dog ?"], ids=["a", "b"])
+    batch = batch.with_continuation([[YES], [NO]])
+    labels = [table("correct", "dog", "yes", []), table("correct", "dog", "no", [])]
+    probe = ActivationPatching(min_difference=0.0, n_resamples=20, method="exact")
+    llava.measure(probe, batch, labels)
+    tables = probe.result().tables
+    clean = batch.prompt_only()
+    corrupt = image_free(clean, "noise", 0)[0]
+    right, wrong = torch.tensor([YES, NO]), torch.tensor([NO, YES])
+
+    def difference(logits: torch.Tensor) -> torch.Tensor:
+        last, row = logits[:, -1], torch.arange(2)
+        return last[row, right] - last[row, wrong]
+
+    ends = {name: difference(llava.forward(one).logits) for name, one in (("clean", clean), ("corrupt", corrupt))}
+    total = ends["clean"] - ends["corrupt"]
+    for direction, into, of, sign in (("denoising", "corrupt", clean, 1), ("noising", "clean", corrupt, -1)):
+        with llava.trace(sites.resid_post(), sites.z()) as trace:
+            llava.forward(of)
+        cache = trace.to_activation_cache()
+        driven = Driven(llava, corrupt if into == "corrupt" else clean, cache.model.cfg).eval()
+        tokens = driven.batch.input_ids
+        options: Any = {"patching_metric": difference, "reduce": "none"}
+        by_head = get_act_patch_attn_head_out_all_pos(driven, tokens, cache, **options).values
+        by_place = generic_activation_patch(
+            driven,
+            tokens,
+            cache,
+            patch_setter=put,
+            activation_name="resid_post",
+            index_axis_names=("layer", "pos"),
+            **options,
+        ).values
+        for name, found in (("heads", by_head.flatten(0, 1)), ("positions", by_place[:, -1])):
+            wanted = (sign * (found - ends[into]) / total).mean(dim=-1).numpy()
+            ours = tables[name][tables[name]["direction"] == direction]
+            ours = ours.query("role == 'last'") if name == "positions" else ours
+            np.testing.assert_allclose(ours["effect"].to_numpy(), wanted, atol=2e-4)
+
+
 def test_estimates_are_the_slope_of_patching(llava: VLM, image: Any) -> None:
     """gradient * (clean - corrupt), against the finite difference of LD along that line.
 
@@ -175,8 +241,6 @@ def test_estimates_are_the_slope_of_patching(llava: VLM, image: Any) -> None:
     short = batch.prompt_only()
     noise = image_free(short, "noise", 0)[0]
     stored = {}
-    from slitlamp.tracing import Edit, sites
-
     for name, one in (("clean", short), ("corrupt", noise)):
         with vlm.trace(sites.resid_post([1]), sites.logits()) as trace:
             vlm.forward(one)

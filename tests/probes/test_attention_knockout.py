@@ -13,6 +13,7 @@ from planted_flow import asked, planted_llava
 
 from probes import AttentionKnockout
 from probes.knockout_flows import (
+    FLOWS,
     default_window,
     measured_tokens,
     of_flow,
@@ -20,7 +21,7 @@ from probes.knockout_flows import (
     up_to,
     window_of,
 )
-from slitlamp.errors import InputError, UnknownNameError
+from slitlamp.errors import InputError, UnknownNameError, UnsupportedError
 from slitlamp.reports.attention_knockout import FIGURES
 from slitlamp.reports.style import NARROW
 from slitlamp.tracing import sites
@@ -150,7 +151,7 @@ def test_the_layer_and_the_flow_that_carry_the_answer_are_found(planted: Attenti
 def test_the_finding_is_given_as_edits_with_controls(planted: AttentionKnockout) -> None:
     vlm = planted_llava(layer=1)
     (target,) = planted.causal_targets(vlm.anatomy)
-    assert len(target.controls) == 5
+    assert len(target.controls) == 19
     batch, _ = asked(vlm, [True, True, False])
     with vlm.trace(sites.logits("before_generated")) as plain:
         vlm.forward(batch)
@@ -192,6 +193,30 @@ def test_random_weights_give_as_many_findings_as_stated(monkeypatch: pytest.Monk
     assert (
         found <= 10
     )  # a binomial of 60 and .05 exceeds 8 with p = .004; the bootstrap of 40 items is a little liberal
+
+
+def test_a_cut_that_does_not_take_is_an_error(llava: VLM, image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask of zeros in place of -inf, as a boolean written into an additive mask: the weights give it away."""
+    from slitlamp.tracing import AttentionEdit
+
+    def nothing(layers: list[int], queries: Any, keys: Any) -> list[AttentionEdit]:
+        return [
+            AttentionEdit(
+                layer, lambda rows, columns, calls: torch.zeros(len(rows), 1, rows.shape[1], len(columns)), queries
+            )
+            for layer in layers
+        ]
+
+    batch = llava.encode([image(0)] * 2, ["<image> is there a dog ?", "<image> what ?"]).with_continuation(
+        [[6], [7, 8, 9]]
+    )
+    tables = [None, pd.DataFrame({"token": [2], "word": ["dog"], "label": ["object"]})]
+    for flow in FLOWS:
+        llava.measure(AttentionKnockout(flows=[flow], n_resamples=20), batch, tables)  # type: ignore[list-item]
+    monkeypatch.setattr("probes.attention_knockout.knock_out", nothing)
+    for flow in FLOWS:
+        with pytest.raises(UnsupportedError, match=f"{flow} was cut in layer 0"):
+            llava.measure(AttentionKnockout(flows=[flow], n_resamples=20), batch, tables)  # type: ignore[list-item]
 
 
 def test_wrong_answers_are_left_out(llava: VLM) -> None:
