@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from probes.outlier_data import Resampling, intervals, mean_intervals
+from probes.image_means import Images
 from slitlamp.evaluation.statistics import benjamini_hochberg
 from slitlamp.tracing.probe import Array
 
@@ -49,7 +49,7 @@ class Ablated:
                     yield number, role, known
 
 
-def effects_table(ablated: Ablated, resampling: Resampling) -> pd.DataFrame:
+def effects_table(ablated: Ablated, images: Images) -> pd.DataFrame:
     """Change of log p and share of changed predictions by set, what was ablated, and kind of token; items count equally."""
     rows = []
     for number, role, known in ablated.cells():
@@ -57,7 +57,7 @@ def effects_table(ablated: Ablated, resampling: Resampling) -> pd.DataFrame:
             values = np.stack(
                 [ablated.change[known, number, kind, role], ablated.flipped[known, number, kind, role]], axis=1
             )
-            one, flip = intervals(values, resampling)
+            one, flip = images.only(known).means(values)
             rows.append(
                 {
                     "set": ablated.sets[number], "ablated": name, "role": ROLES[role],
@@ -69,7 +69,7 @@ def effects_table(ablated: Ablated, resampling: Resampling) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def contrasts_table(ablated: Ablated, resampling: Resampling) -> pd.DataFrame:
+def contrasts_table(ablated: Ablated, images: Images) -> pd.DataFrame:
     """The set minus its controls, item by item: change of log p (nats) and share of changed predictions, with p values
     (bootstrap; `p_adjusted` by Benjamini and Hochberg over the changes of the table).
     """
@@ -79,7 +79,8 @@ def contrasts_table(ablated: Ablated, resampling: Resampling) -> pd.DataFrame:
             if kind == 0:
                 continue
             measured = (ablated.change[known, number, :, role], ablated.flipped[known, number, :, role])
-            one, flip = intervals(np.stack([m[:, 0] - m[:, kind] for m in measured], axis=1), resampling, p_value=True)
+            less = np.stack([one[:, 0] - one[:, kind] for one in measured], axis=1)
+            one, flip = images.only(known).means(less, p_value=True)
             rows.append(
                 {
                     "set": ablated.sets[number], "control": name, "role": ROLES[role],
@@ -93,17 +94,39 @@ def contrasts_table(ablated: Ablated, resampling: Resampling) -> pd.DataFrame:
     return table.assign(p_adjusted=benjamini_hochberg(table["p"].astype(float)) if some else np.nan)
 
 
-def sets_table(ablated: Ablated, resampling: Resampling) -> pd.DataFrame:
+def sets_table(ablated: Ablated, images: Images) -> pd.DataFrame:
     """How many tokens each set has, as a number and as a share of the image's, in items that have it."""
     sizes = np.where(ablated.size > 0, ablated.size, np.nan).astype(np.float64)
-    table = mean_intervals(sizes, resampling, "tokens")
-    share = mean_intervals(sizes / ablated.n_image_tokens[:, None], resampling, "share")
+    table = images.table(sizes, "tokens")
+    share = images.table(sizes / ablated.n_image_tokens[:, None], "share")
     table.insert(0, "set", list(ablated.sets))
     return table.assign(share=share["share"], share_low=share["low"], share_high=share["high"])
 
 
-def summary(contrasts: pd.DataFrame) -> str:
-    """The object's own tokens against shifted and random ones, at its word or the answer about it."""
+def completeness_table(attributed: Array, change: Array, n_steps: int, images: Images) -> pd.DataFrame:
+    """Whether integrated gradients are complete: what they attribute to all image tokens against what replacing them costs.
+
+    Args:
+        attributed: [item], the sum of the integrated gradients.
+        change: [item], log p of the target as it is minus that with all image tokens replaced.
+        n_steps: of the integral.
+        images: which items share an image.
+
+    Returns:
+        One row: steps; attributed, change and error = |attributed - change| (nats), means over items with low and high;
+        relative_error, the sum of errors over that of |change|; n_items.
+    """
+    error = np.abs(attributed - change)
+    row: dict[str, object] = {"steps": n_steps}
+    found = images.means(np.stack([attributed, change, error], axis=1))
+    for name, one in zip(("attributed", "change", "error"), found, strict=True):
+        row |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
+    relative = float(error.sum() / np.abs(change).sum()) if change.any() else 0.0
+    return pd.DataFrame([{**row, "relative_error": relative, "n_items": len(change)}])
+
+
+def summary(contrasts: pd.DataFrame, completeness: pd.DataFrame | None) -> str:
+    """The first set's tokens against random ones, at the object's word or the answer about it."""
     parts: list[str] = []
     for role in ("named object", "answer, object in the image", "other words"):
         rows = contrasts[(contrasts["role"] == role) & (contrasts["control"] == "random")]
@@ -115,5 +138,12 @@ def summary(contrasts: pd.DataFrame) -> str:
         parts.append(
             f"Replacing the tokens of the set {row['set']!r} changes log p ({role}) by {change} nats against as many random "
             f"tokens, and changes {flips} of the predictions more (n = {int(row['n_items'])})."
+        )
+    if completeness is not None:
+        one = completeness.iloc[0]
+        parts.append(
+            f"Integrated gradients ({int(one['steps'])} steps) attribute {one['attributed']:.2f} nats to the image tokens; "
+            f"replacing all of them costs {one['change']:.2f} (mean error {one['error']:.3f} [{one['error_low']:.3f}, "
+            f"{one['error_high']:.3f}])."
         )
     return " ".join(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,12 +13,15 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from probes.rollout import attention_flow, coverage, inside_share, rollout, turned, uniform_causal
+from probes.image_means import Images
+from probes.outlier_places import Box, boxes_of, covered
+from probes.rollout import attention_flow, inside_share, rollout, turned, uniform_causal
+from probes.rollout_causal import rollout_targets
 from probes.rollout_tables import METHODS, Places, depth_table, rollout_summary, share_table
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models import Anatomy, Batch
 from slitlamp.models.patches import Patches
-from slitlamp.tracing import GatheringProbe, ProbeResult, Site, Trace
+from slitlamp.tracing import CausalTarget, GatheringProbe, ProbeResult, Site, Trace
 from slitlamp.tracing.probe import Array, Labels
 from slitlamp.tracing.sites import attention, vision_attention
 
@@ -52,25 +55,28 @@ class AttentionRollout(GatheringProbe):
         max_flow_positions: rows with more are refused where their flow is asked for.
         vision: whether to roll out the vision tower. All of its layers are multiplied, also those that the language model
             does not read. Rows whose images make several tiles are left out of it.
-        seed, n_resamples: of the bootstrap, over items.
+        top_k: how many image tokens `causal_targets` hides.
+        seed, n_resamples: of the bootstrap, over images; the seed also of the random tokens of `causal_targets`.
     """
 
     max_positions: int = 1024
     flow_share: float = 0.0
     max_flow_positions: int = 256
     vision: bool = True
+    top_k: int = 10
     seed: int = 0
     n_resamples: int = 2000
     _gathered: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "attention_rollout"
+    targets_of: ClassVar[Literal["model", "items"]] = "items"
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         """The whole attention of every layer, averaged over heads; with `vision` the tower's too."""
         if not 0 <= self.flow_share <= 1:
             raise InputError(f"flow_share is a share from 0 to 1, found {self.flow_share!r}")
-        if self.max_positions < 1 or self.max_flow_positions < 1:
-            raise InputError("max_positions and max_flow_positions must be at least 1")
+        if min(self.max_positions, self.max_flow_positions, self.top_k) < 1:
+            raise InputError("max_positions, max_flow_positions and top_k must be at least 1")
         if len(anatomy.layers("attention")) < anatomy.n_layers:
             raise UnsupportedError(
                 f"attention cannot be rolled out in {anatomy.family.name}: some of its layers have no self-attention, so there "
@@ -127,9 +133,13 @@ class AttentionRollout(GatheringProbe):
         maps = torch.stack(
             [followed[-1], raw.mean(dim=0), raw[-1], control, flow], dim=1
         ).numpy()  # [start, method, token]
+        heaviest = np.full(self.top_k, -1)  # rows of fewer image tokens are filled up
+        order = np.argsort(-maps[0, 0], kind="stable")[: self.top_k]
+        heaviest[: len(order)] = order
+        self._rows(item=np.array([batch.ids[row]]), top=heaviest[None], n_image=np.array([len(image)]))
         patches = batch.patches[row]
         seen = (patches.on_image & (patches.image == 0)).numpy()  # tokens that stand for a place on the first image
-        covered = [_covered(patches, one) for one in boxes]
+        shares = [_covered(patches, one) for one in boxes]
         against = [_covered(patches, turned(one)) for one in boxes]
         count = len(starts)
         self._rows(
@@ -137,14 +147,14 @@ class AttentionRollout(GatheringProbe):
             place_kind=np.array(kinds, dtype="<U20"),
             place_token=np.array(tokens, dtype=np.int64),
             image=np.where(np.isnan(maps).any(axis=-1), np.nan, maps.sum(axis=-1)),
-            inside=_inside(maps[..., seen], covered),
+            inside=_inside(maps[..., seen], shares),
             opposite=_inside(maps[..., seen], against),
-            area=np.array([_area(one) for one in covered]),
+            area=np.array([_area(one) for one in shares]),
             agreement=np.array([_correlation(one[0], one[1]) for one in maps]),
             depth_image=followed.sum(dim=-1).T.numpy(),
-            depth_inside=_inside(followed.transpose(0, 1).numpy()[..., seen], covered),
+            depth_inside=_inside(followed.transpose(0, 1).numpy()[..., seen], shares),
             raw_image=raw.sum(dim=-1).T.numpy(),
-            raw_inside=_inside(raw.transpose(0, 1).numpy()[..., seen], covered),
+            raw_inside=_inside(raw.transpose(0, 1).numpy()[..., seen], shares),
         )
 
     def _wants_flow(self, item: str) -> bool:
@@ -160,14 +170,14 @@ class AttentionRollout(GatheringProbe):
         raw = matrices[:, starts].mean(dim=1)[:, patches]
         maps = torch.stack([followed, raw.mean(dim=0), raw[-1]]).numpy()[None]
         boxes = _named_boxes(table)
-        covered = [_covered_by_tower(batch.patches[row], boxes, len(patches))]
+        shares = [_covered_by_tower(batch.patches[row], boxes, len(patches))]
         against = [_covered_by_tower(batch.patches[row], turned(boxes), len(patches))]
         self._rows(
             vision_group=np.array([batch.groups[row]]),
             vision_image=maps.sum(axis=-1),
-            vision_inside=_inside(maps, covered),
+            vision_inside=_inside(maps, shares),
             vision_opposite=_inside(maps, against),
-            vision_area=np.array([_area(one) for one in covered]),
+            vision_area=np.array([_area(one) for one in shares]),
             vision_agreement=np.array([_correlation(maps[0, 0], maps[0, 1])]),
         )
         self._constants(vision_start=np.array("CLS" if has_cls else "mean of the patches"))
@@ -177,7 +187,7 @@ class AttentionRollout(GatheringProbe):
     def result(self) -> ProbeResult:
         """Tables `shares` (every method and place), `depths` (after every number of layers) and `vision` (the tower)."""
         own = Places(
-            group=self._get("place_group"),
+            images=Images(self._get("place_group"), self.n_resamples, self.seed),
             kind=self._get("place_kind"),
             image=self._get("image"),
             inside=self._get("inside"),
@@ -185,19 +195,18 @@ class AttentionRollout(GatheringProbe):
             area=self._get("area"),
             agreement=self._get("agreement"),
         )
-        options = {"n_resamples": self.n_resamples, "seed": self.seed}
         depths = {
             "rollout": (self._get("depth_image"), self._get("depth_inside")),
             "attention": (self._get("raw_image"), self._get("raw_inside")),
         }
         tables = {
-            "shares": share_table(own, METHODS, **options),
-            "depths": depth_table(own, depths, self._get("layer"), **options),
+            "shares": share_table(own, METHODS),
+            "depths": depth_table(own, depths, self._get("layer")),
         }
         if self._has("vision_group"):
             group = self._get("vision_group")
             tower = Places(
-                group=group,
+                images=Images(group, self.n_resamples, self.seed),
                 kind=np.full(len(group), str(self._get("vision_start"))),
                 image=self._get("vision_image"),
                 inside=self._get("vision_inside"),
@@ -205,42 +214,44 @@ class AttentionRollout(GatheringProbe):
                 area=self._get("vision_area"),
                 agreement=self._get("vision_agreement"),
             )
-            tables["vision"] = share_table(tower, METHODS[:3], **options)
+            tables["vision"] = share_table(tower, METHODS[:3])
         return ProbeResult(name=self.name, tables=tables, summary=rollout_summary(tables))
 
+    def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
+        """The `top_k` image tokens to which rollout leads from the last prompt token, hidden; see `rollout_targets`.
 
-def _places(batch: Batch, row: int, table: pd.DataFrame | None) -> tuple[list[str], list[int], list[list[Any]]]:
+        Of items whose image has fewer than two tokens nothing is hidden.
+        """
+        items, sizes = self._get("item").tolist(), self._get("n_image").tolist()
+        top = {item: row[row >= 0][: size // 2] for item, row, size in zip(items, self._get("top"), sizes, strict=True)}
+        return rollout_targets(top, dict(zip(items, sizes, strict=True)), anatomy.n_layers, self.seed)
+
+
+def _places(batch: Batch, row: int, table: pd.DataFrame | None) -> tuple[list[str], list[int], list[list[Box]]]:
     """What attention is followed from: kinds, the generated tokens predicted there, and the boxes that belong to each."""
     kinds, tokens, boxes = ["last prompt token"], [0], [_named_boxes(table)]
     if table is None:
         return kinds, tokens, boxes
-    for one in table.to_dict("records"):
+    for number, one in enumerate(table.to_dict("records")):
         label, token = str(one["label"]), int(one["token"])
+        own = boxes_of(table.iloc[[number]])
         if token >= batch.n_generated[row]:
             continue
         if label in ANSWERS:  # the answer is predicted by the last prompt token itself
-            kinds[0], boxes[0] = f"answer, truly {one.get('truth') or 'unknown'}", _boxes(one)
+            kinds[0], boxes[0] = f"answer, truly {one.get('truth') or 'unknown'}", own
         elif label in NAMED:
             kinds.append(label)
             tokens.append(token)
-            boxes.append(_boxes(one) if label == "object" else [])
+            boxes.append(own if label == "object" else [])
     return kinds, tokens, boxes
 
 
-def _boxes(row: dict[Any, Any]) -> list[Any]:
-    found = row.get("boxes")
-    return list(found) if isinstance(found, list | tuple) else []
-
-
-def _named_boxes(table: pd.DataFrame | None) -> list[Any]:
+def _named_boxes(table: pd.DataFrame | None) -> list[Box]:
     """The boxes of all objects that are named truly."""
-    if table is None or "boxes" not in table:
-        return []
-    named = table[table["label"].isin(["object", *ANSWERS])]
-    return [box for one in named.to_dict("records") for box in _boxes(one)]
+    return [] if table is None else boxes_of(table[table["label"].isin(["object", *ANSWERS])])
 
 
-def _covered(patches: Patches, boxes: Sequence[Any]) -> Array | None:
+def _covered(patches: Patches, boxes: Sequence[Box]) -> Array | None:
     """Per token that stands for a place on the first image, the share of its patch inside of the boxes.
 
     None without boxes, or where no token stands for a place (the queries of a Q-Former).
@@ -248,17 +259,15 @@ def _covered(patches: Patches, boxes: Sequence[Any]) -> Array | None:
     on_image = patches.on_image & (patches.image == 0)
     if not len(boxes) or not bool(on_image.any()):
         return None
-    covered = np.zeros(len(patches))
+    shares = np.zeros(len(patches))
     for (image, view), (rows, columns) in patches.grids.items():
         if image == 0:
             chosen = (on_image & (patches.view == view)).numpy()
-            covered[chosen] = coverage(boxes, rows, columns)[
-                patches.row.numpy()[chosen], patches.column.numpy()[chosen]
-            ]
-    return covered[on_image.numpy()]
+            shares[chosen] = covered(boxes, (rows, columns))[patches.row[chosen], patches.column[chosen]].numpy()
+    return shares[on_image.numpy()]
 
 
-def _covered_by_tower(patches: Patches, boxes: Sequence[Any], n_patches: int) -> Array | None:
+def _covered_by_tower(patches: Patches, boxes: Sequence[Box], n_patches: int) -> Array | None:
     """The same for the patches of the tower, in raster order: several of them may make one image token."""
     if not len(boxes):
         return None
@@ -266,7 +275,7 @@ def _covered_by_tower(patches: Patches, boxes: Sequence[Any], n_patches: int) ->
     scale = round((n_patches / max(1, rows * columns)) ** 0.5)
     if rows * columns * scale**2 != n_patches:
         return None
-    return coverage(boxes, rows * scale, columns * scale).ravel()
+    return covered(boxes, (rows * scale, columns * scale)).double().numpy().ravel()
 
 
 def _inside(maps: Array, covered: Sequence[Array | None]) -> Array:

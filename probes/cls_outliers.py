@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probes.outlier_data import CLS, RECEIVED, Mask, Settings, Tokens, features_valley, outlier_masks
+from probes.image_means import Images
+from probes.outlier_data import CLS, RECEIVED, Mask, Tokens, features_valley, outlier_masks
 from probes.outlier_definitions import matched_tokens, random_tokens, top_tokens
 from probes.outlier_layers import concentration_table, histogram_table, massive_table, norms_table, sinks_table
 from probes.outlier_places import Placed, boxes_of, check_places, covered, place_tokens
@@ -23,10 +24,9 @@ from slitlamp.decoding.edits import replace_tokens
 from slitlamp.errors import InputError, UnsupportedError, unknown
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import CausalTarget, Edit, GatheringProbe, ProbeResult, Site, Trace
-from slitlamp.tracing.probe import EditsOf, Labels
+from slitlamp.tracing.probe import N_DRAWS, EditsOf, Labels
 from slitlamp.tracing.sites import attention, resid_post, resid_pre, vision_attention, vision_resid_post
 
-N_CONTROLS = 5
 THUMBNAIL = 64
 """Side in pixels of the images that are kept for the maps."""
 
@@ -53,28 +53,34 @@ class ClsOutliers(GatheringProbe):
         encoder_attention: "cls" or "received"; None for CLS where the tower has one.
         encoder_layers: blocks of the tower, 0-based, whose attention is compared, the first of them decides which tokens are
             outliers; None for the block whose output the model reads, and the last one.
-        decoder_layers: blocks of the language model over which its attention is averaged (heads too), and in which norms,
-            massive activations and sinks are looked for; the paper does not say [?]; None for all.
+        decoder_layers: blocks of the language model over which its attention is averaged, and in which norms, massive
+            activations and sinks are looked for; the paper does not say [?]; None for all.
+        encoder_heads, decoder_heads: the heads over which attention is averaged [?]; None for all.
         top_k: how many tokens first in the encoder's attention are outliers: 10, the paper's for LLaVA-1.5 (of 576).
         n_influential: of F; the paper's 3.
         n_concentrated: how many patches the concentration of the encoder's attention counts [?].
         n_sd: of the norm rule, mean + `n_sd` standard deviations per image.
+        norm_threshold: above which norms are outliers (150 in DINOv2-g); None for the valley of the features' histogram over
+            all items, where there is one.
         massive_value, massive_times: of massive activations; see `probes.outlier_definitions.massive_activations`.
-        sink_dimensions: of the language model, where attention sinks are large; None for the dimensions with a massive
-            activation in the same item.
+        sink_dimensions: of the language model, where attention sinks are large (1415 and 2533 in LLaMA-2-7B); None for the
+            dimensions with a massive activation in the same item.
         sink_threshold: of phi(x); VAR's 20.
         n_maps: of how many items the image is kept, for maps.
         seed: of random controls and the bootstrap.
-        n_resamples: of the bootstrap, over items.
+        n_resamples: of the bootstrap, over images.
     """
 
     encoder_attention: Literal["cls", "received"] | None = None
     encoder_layers: Sequence[int] | None = None
     decoder_layers: Sequence[int] | None = None
+    encoder_heads: Sequence[int] | None = None
+    decoder_heads: Sequence[int] | None = None
     top_k: int = 10
     n_influential: int = 3
     n_concentrated: int = 6
     n_sd: float = 2.0
+    norm_threshold: float | None = None
     massive_value: float = 100.0
     massive_times: float = 1000.0
     sink_dimensions: Sequence[int] | None = None
@@ -85,15 +91,22 @@ class ClsOutliers(GatheringProbe):
     _gathered: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "cls_outliers"
+    targets_of: ClassVar[Literal["model", "items"]] = "items"
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         """Attention of the tower and of the decoder to image tokens, and the residual streams of both."""
         self._check(anatomy)
         queries: Literal["cls", "patches"] = "cls" if self._encoder(anatomy) == CLS else "patches"
         return [
-            vision_attention(queries=queries, reduce_heads="mean", reduce_queries="mean", label="encoder"),
+            vision_attention(
+                queries, heads=self.encoder_heads, reduce_heads="mean", reduce_queries="mean", label="encoder"
+            ),
             vision_resid_post(label="tower"),
-            attention("before_generated", "image", self.decoder_layers, reduce_heads="mean", label="decoder"),
+            attention(
+                *("before_generated", "image", self.decoder_layers, self.decoder_heads),
+                reduce_heads="mean",
+                label="decoder",
+            ),
             resid_post(layers=self.decoder_layers, label="stream"),
             resid_pre(layers=0, positions="image", label="embedded"),
         ]
@@ -160,6 +173,7 @@ class ClsOutliers(GatheringProbe):
         values = torch.stack([*encoder, norm, sinks, decoder[0], *means, area], dim=1)
         self._rows(
             item=np.array([item]),
+            group=np.array([batch.groups[row]]),
             n_tokens=np.array([len(placed)]),
             token_place=torch.stack([placed.row, placed.column, placed.token], dim=1).to(torch.int32).numpy(),
             token_values=values.float().numpy(),
@@ -236,42 +250,38 @@ class ClsOutliers(GatheringProbe):
             mention_token=np.array([token]),
             mention_label=np.array([label], dtype="<U12"),
             mention_influence=np.array([shares]),
-            mention_mass=np.array([float(here.sum())]),
         )
 
     def _generator(self, item: str, draw: int = 0) -> np.random.Generator:
         """Randomness of one item, whatever batch it is in."""
         return np.random.default_rng([self.seed, draw, zlib.crc32(item.encode())])
 
-    def _settings(self) -> Settings:
-        names = ("top_k", "n_influential", "n_sd", "sink_threshold", "n_maps", "seed", "n_resamples")
-        return Settings(**{name: getattr(self, name) for name in names})
-
     def _outliers(self, tokens: Tokens) -> dict[str, Mask]:
-        return outlier_masks(tokens, self._settings(), features_valley(self._get))
+        threshold = features_valley(self._get) if self.norm_threshold is None else self.norm_threshold
+        return outlier_masks(tokens, threshold, top_k=self.top_k, n_sd=self.n_sd, sink_threshold=self.sink_threshold)
 
     def result(self) -> ProbeResult:
         """Tables `overlap`, `influence`, `influence_difference`, `outliers`, `agreement`, `norms`, `norm_histogram`,
         `massive`, `sinks`, `concentration`, `maps` and `pictures`.
         """
-        tokens, settings = Tokens.of(self._get), self._settings()
-        masks = self._outliers(tokens)
+        tokens = Tokens.of(self._get)
+        masks, images = self._outliers(tokens), Images(tokens.group, self.n_resamples, self.seed)
         tables = {
-            "overlap": overlap_table(tokens, settings),
-            "outliers": outliers_table(tokens, masks, settings),
-            "agreement": agreement_table(tokens, masks, settings),
-            "concentration": concentration_table(self._get, settings),
-            "norms": norms_table(self._get, settings),
+            "overlap": overlap_table(tokens, images),
+            "outliers": outliers_table(tokens, masks, images),
+            "agreement": agreement_table(tokens, masks, images),
+            "concentration": concentration_table(self._get, images),
+            "norms": norms_table(self._get, images, self.n_sd),
             "norm_histogram": histogram_table(self._get),
             "massive": massive_table(self._get),
-            "sinks": sinks_table(self._get, settings),
-            **map_tables(self._get, tokens, masks, settings),
+            "sinks": sinks_table(self._get, images),
+            **map_tables(self._get, tokens, masks, self.n_maps),
         }
         if self._has("mention_item"):
-            tables["influence"], differences = influence_tables(self._get, tokens, settings)
+            tables["influence"], differences = influence_tables(self._get, tokens, images, self.n_influential)
             if len(differences):
                 tables["influence_difference"] = differences
-        return ProbeResult(name=self.name, tables=tables, summary=summary(tables, settings))
+        return ProbeResult(name=self.name, tables=tables, summary=summary(tables, self.top_k))
 
     def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
         """The outliers of each definition replaced by the data set's mean image token, against as many random tokens;
@@ -288,7 +298,7 @@ class ClsOutliers(GatheringProbe):
             if not mask.any():
                 continue
             random, of_objects, matched = [], [], np.zeros_like(mask)
-            for draw in range(N_CONTROLS):
+            for draw in range(N_DRAWS):
                 one, other = np.zeros_like(mask), np.zeros_like(mask)
                 for item, part in parts.items():
                     count, rng = int(mask[part].sum()), self._generator(item, draw + 1)

@@ -17,9 +17,6 @@ FIRST_POWER, LAST_POWER = -14, 22
 N_BINS = (LAST_POWER - FIRST_POWER) * BINS_PER_DOUBLING
 """Norms from 2^-14 to 2^22 in bins of 4.4 %; smaller and larger ones are counted in the first and the last."""
 
-GAUSSIAN_SHARE_ABOVE_2_SD = 0.02275
-"""Of normally distributed norms, mean + 2 sd marks 2.3 %: what the rule finds where there is nothing to find."""
-
 
 def top_tokens(values: Tensor, k: int) -> Tensor:
     """bool [..., token]: the k largest; all of them where there are no more than k."""

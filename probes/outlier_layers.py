@@ -6,30 +6,32 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
-from probes.outlier_data import Settings, mean_intervals
-from probes.outlier_definitions import GAUSSIAN_SHARE_ABOVE_2_SD, bin_edges, norm_valley
+from probes.image_means import Images
+from probes.outlier_definitions import bin_edges, norm_valley
 from slitlamp.tracing.probe import Array
 
 Get = Callable[[str], Array]
 STREAMS = ("tower", "decoder")
 
 
-def norms_table(get: Get, settings: Settings) -> pd.DataFrame:
+def norms_table(get: Get, images: Images, n_sd: float) -> pd.DataFrame:
     """Per layer of tower and decoder: median norm of the image tokens, largest over median (mean over items with its interval,
-    and the largest of all), the share above mean + sd, and the valley of the histogram (NaN: there is none).
+    and the largest of all), the share above mean + sd (beside that of a normal distribution), and the valley of the histogram
+    (NaN: there is none).
     """
     tables = []
     for stream in STREAMS:
         ratios = get(f"{stream}_norm_ratio").astype(np.float64)
-        above = mean_intervals(get(f"{stream}_norm_above"), settings, "above")
+        above = images.table(get(f"{stream}_norm_above"), "above")
         histogram = get(f"{stream}_histogram")
         valleys = np.array([norm_valley(one) for one in histogram])
         upper = [
             one[bin_edges()[:-1] >= valley].sum() / one.sum() if np.isfinite(valley) else np.nan
             for one, valley in zip(histogram, valleys, strict=True)
         ]
-        table = mean_intervals(ratios, settings, "max_over_median")
+        table = images.table(ratios, "max_over_median")
         table.insert(0, "median", np.median(get(f"{stream}_norm_median"), axis=0))
         table.insert(0, "layer", get(f"{stream}_layers"))
         table.insert(0, "stream", stream)
@@ -39,7 +41,7 @@ def norms_table(get: Get, settings: Settings) -> pd.DataFrame:
                 above=above["above"],
                 above_low=above["low"],
                 above_high=above["high"],
-                above_if_gaussian=GAUSSIAN_SHARE_ABOVE_2_SD if settings.n_sd == 2 else np.nan,
+                above_if_gaussian=float(norm.sf(n_sd)),
                 valley=valleys,
                 above_valley=upper,
             )
@@ -89,21 +91,21 @@ def massive_table(get: Get) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def sinks_table(get: Get, settings: Settings) -> pd.DataFrame:
+def sinks_table(get: Get, images: Images) -> pd.DataFrame:
     """Per layer of the decoder, how many image tokens are attention sinks: mean over items."""
-    table = mean_intervals(get("n_sinks"), settings, "sinks")
+    table = images.table(get("n_sinks"), "sinks")
     table.insert(0, "layer", get("decoder_layers"))
     return table
 
 
-def concentration_table(get: Get, settings: Settings) -> pd.DataFrame:
+def concentration_table(get: Get, images: Images) -> pd.DataFrame:
     """Per layer of the tower: the share of the encoder's attention on the first patches beside that of as many patches, and
     its share on objects beside their share of the area (items with known boxes).
     """
-    table = mean_intervals(get("top_share"), settings, "top_share")
+    table = images.table(get("top_share"), "top_share")
     on_objects, area = get("on_objects").astype(np.float64), get("area").astype(np.float64)
-    objects = mean_intervals(on_objects, settings, "on_objects")
-    above = mean_intervals(on_objects - area[:, None], settings, "above")
+    objects = images.table(on_objects, "on_objects")
+    above = images.table(on_objects - area[:, None], "above")
     known = np.isfinite(area)
     layers = get("tower_layers")
     table.insert(0, "layer", layers)

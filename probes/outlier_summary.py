@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import pandas as pd
 
-from probes.outlier_data import Settings
 from probes.outlier_tables import NEIGHBOURS
 
 
-def summary(tables: dict[str, pd.DataFrame], settings: Settings) -> str:
+def summary(tables: dict[str, pd.DataFrame], top_k: int) -> str:
     """Overlap at the number of outliers, concentration, norms, and influence; each with its interval and its control."""
     return " ".join(
         one
         for one in (
-            _overlap(tables["overlap"], settings),
+            _overlap(tables["overlap"], top_k),
             _towers(tables),
+            _massive(tables),
             _influence(tables.get("influence_difference")),
         )
         if one
     )
 
 
-def _overlap(table: pd.DataFrame, settings: Settings) -> str:
+def _overlap(table: pd.DataFrame, top_k: int) -> str:
     rows = table[(table["query"] == "end of the prompt") & table["features"]]
-    row = rows.loc[(rows["i"] - settings.top_k).abs().idxmin()]
-    against = f"; against the next image's {row['other_item']:.2f}" if row["other_item"] == row["other_item"] else ""
+    row = rows.loc[(rows["i"] - top_k).abs().idxmin()]
+    against = f"; against the next image's {row['other_image']:.2f}" if row["other_image"] == row["other_image"] else ""
     return (
         f"Of the {row['i']:.0f} image tokens first in the encoder's attention ({row['encoder']}, layer "
         f"{int(row['encoder_layer'])}), {row['overlap']:.2f} [{row['low']:.2f}, {row['high']:.2f}] are among the decoder's "
@@ -46,10 +46,22 @@ def _towers(tables: dict[str, pd.DataFrame]) -> str:
     )
 
 
+def _massive(tables: dict[str, pd.DataFrame]) -> str:
+    massive, sinks = tables["massive"], tables["sinks"]["sinks"].max()
+    some = massive[massive["n_dimensions"] > 0]
+    if not len(some):
+        largest = massive.loc[massive["times_median"].idxmax()]
+        found = f"no activation is massive (the largest is {largest['times_median']:.0f} times the median of its state)"
+    else:
+        places = ", ".join(f"{one.stream} layer {one.layer}" for one in some.itertuples())
+        found = f"activations are massive in {places}"
+    return f"{found[0].upper()}{found[1:]}; at most {sinks:.1f} image tokens of an item are attention sinks of the decoder."
+
+
 def _influence(table: pd.DataFrame | None) -> str:
     if table is None:
         return ""
-    found = {(row["tokens"], row["compared"]): row for _, row in table[table["features"]].iterrows() if row["n_items"]}
+    found = {(row["tokens"], row["compared"]): row for _, row in table[table["features"]].iterrows() if row["n_images"]}
     if ("influence", "within images") not in found:
         return ""
     one, other = found["influence", "within images"], found["matched", "within images"]
@@ -58,10 +70,10 @@ def _influence(table: pd.DataFrame | None) -> str:
     if beside is not None:
         place = (
             f"; against the true objects named before and after: {beside['difference']:+.3f} [{beside['low']:+.3f}, "
-            f"{beside['high']:+.3f}], n = {int(beside['n_items'])}"
+            f"{beside['high']:+.3f}], n = {int(beside['n_images'])}"
         )
     return (
         f"At hallucinated objects the decoder's attention to the first tokens differs from that at true ones by "
         f"{one['difference']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}] (matched tokens: {other['difference']:+.3f} "
-        f"[{other['low']:+.3f}, {other['high']:+.3f}]; n = {int(one['n_items'])}{place})."
+        f"[{other['low']:+.3f}, {other['high']:+.3f}]; n = {int(one['n_images'])}{place})."
     )

@@ -8,14 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from probes.outlier_data import (
-    QUERIES,
-    Mask,
-    Settings,
-    Tokens,
-    intervals,
-    mean_intervals,
-)
+from probes.image_means import Images
+from probes.outlier_data import QUERIES, Mask, Tokens
 from probes.outlier_definitions import expected_jaccard
 from slitlamp.evaluation.statistics import FloatArray, Interval, cluster_bootstrap, ratio
 from slitlamp.tracing.probe import Array
@@ -49,37 +43,38 @@ def sizes_of(n: int) -> NDArray[np.int64]:
     return np.concatenate([np.arange(1, 17), np.linspace(16, n, N_SIZES - 15)[1:].round().astype(np.int64)])
 
 
-def overlap_table(tokens: Tokens, settings: Settings) -> pd.DataFrame:
-    """H_i of encoder and decoder, its chance level i / n, and the overlap with the decoder's attention on the next item.
+def overlap_table(tokens: Tokens, images: Images) -> pd.DataFrame:
+    """H_i of encoder and decoder, its chance level i / n, and the overlap with the decoder's attention on the next image.
 
     The last is a control: what is shared by all images, the middle of the image for example, gives overlap between images
-    too. Items whose images have other numbers of rows and columns are not compared.
+    too. Compared is the next item that has another image; not where that image has other numbers of rows and columns.
     """
     parts = tokens.parts()
     sizes = np.array([sizes_of(part.stop - part.start) for part in parts])
     index = np.maximum(sizes - 1, 0)
     chance = np.where(sizes > 0, sizes / np.diff(tokens.starts)[:, None], np.nan)
+    following = next_images(tokens.group)
     tables = []
     for number, layer in enumerate(tokens.compared):
         for place, query in enumerate(QUERIES):
             own, other = (np.full(sizes.shape, np.nan) for _ in range(2))
             for item, part in enumerate(parts):
-                following = parts[(item + 1) % len(parts)]
+                beside = parts[following[item]]
                 seen = tokens.encoder[part, number]
                 own[item] = overlap_curve(seen, tokens.decoder[part, place])[index[item]]
-                if len(parts) > 1 and np.array_equal(tokens.place[part], tokens.place[following]):
-                    other[item] = overlap_curve(seen, tokens.decoder[following, place])[index[item]]
+                if following[item] != item and np.array_equal(tokens.place[part], tokens.place[beside]):
+                    other[item] = overlap_curve(seen, tokens.decoder[beside, place])[index[item]]
             own[sizes == 0], other[sizes == 0] = np.nan, np.nan
             used = np.isfinite(own).any(axis=0)
             if not used.any():
                 continue
             known = np.where(np.isfinite(own), 1.0, np.nan)[:, used]
-            table = mean_intervals(own[:, used], settings, "overlap")
+            table = images.table(own[:, used], "overlap")
             table.insert(0, "i", np.nanmean(known * sizes[:, used], axis=0))
-            controls = mean_intervals(other[:, used], settings, "other_item")
+            controls = images.table(other[:, used], "other_image")
             table = table.assign(
                 chance=np.nanmean(known * chance[:, used], axis=0),
-                other_item=controls["other_item"],
+                other_image=controls["other_image"],
                 other_low=controls["low"],
                 other_high=controls["high"],
             )
@@ -90,13 +85,23 @@ def overlap_table(tokens: Tokens, settings: Settings) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def next_images(group: Array) -> NDArray[np.int64]:
+    """Per item, the number of the next item that has another image (round the end); its own number where there is none."""
+    found = np.arange(len(group))
+    for item in range(len(group)):
+        others = np.flatnonzero(np.roll(group, -item) != group[item])
+        if len(others):
+            found[item] = (item + others[0]) % len(group)
+    return found
+
+
 KINDS = ("influence", "random", "matched")
 LABELS = ("object", "hallucinated")
 NEIGHBOURS = "between true neighbours"
 
 
 def influence_tables(
-    get: Callable[[str], Array], tokens: Tokens, settings: Settings
+    get: Callable[[str], Array], tokens: Tokens, images: Images, n_influential: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """F at true and at hallucinated object words with its controls, and the difference between the two kinds of words.
 
@@ -106,41 +111,36 @@ def influence_tables(
     `NEIGHBOURS`, which holds the place in the text fixed: hallucinated objects come late, and attention changes along a text.
     """
     values = get("mention_influence").astype(np.float64)  # [mention, layer, kind]
-    label, item = get("mention_label"), get("mention_item")
+    label, token = get("mention_label"), get("mention_token")
     number = {name: place for place, name in enumerate(tokens.items.tolist())}
-    place = np.array([number[one] for one in item.tolist()])
+    item = np.array([number[one] for one in get("mention_item").tolist()])
     counts = np.diff(tokens.starts)
-    shares = np.minimum(settings.n_influential, counts) / counts
-    n_items, shape = len(tokens.items), values.shape[1:]
-    sums = {name: np.zeros((n_items, *shape)) for name in LABELS}
-    found = {name: np.zeros(n_items) for name in LABELS}
-    for name in LABELS:
-        np.add.at(sums[name], place[label == name], values[label == name])
-        np.add.at(found[name], place[label == name], 1)
+    chance = (np.minimum(n_influential, counts) / counts)[item]
+    by_mention = Images(tokens.group[item], images.n_resamples, images.seed)
+    total = {name: by_mention.sums(values * (label == name)[:, None, None]) for name in LABELS}  # [image, layer, kind]
+    found = {name: by_mention.sums((label == name).astype(np.float64)) for name in LABELS}  # [image]
     rows, differences = [], []
     for layer, block in enumerate(tokens.compared):
         head = {"encoder": tokens.encoder_name, "encoder_layer": block, "features": layer == 0}
         for name in LABELS:
-            if not found[name].any():
+            here = label == name
+            if not here.any():
                 continue
             row: dict[str, object] = {**head, "label": name}
-            for kind, column in enumerate(KINDS):
-                mean = _ratio_interval(sums[name][:, layer, kind], found[name], settings)
-                row |= {column: mean[0], f"{column}_low": mean[1], f"{column}_high": mean[2]}
-            row["chance"] = float((shares * found[name]).sum() / found[name].sum())
-            row |= {"n_tokens": int(found[name].sum()), "n_items": int((found[name] > 0).sum())}
-            rows.append(row)
+            for one, column in zip(by_mention.only(here).means(values[here, layer]), KINDS, strict=True):
+                row |= {column: one.value, f"{column}_low": one.low, f"{column}_high": one.high}
+            row["chance"] = float(chance[here].mean())
+            rows.append({**row, "n_tokens": int(here.sum()), "n_images": int((found[name] > 0).sum())})
         if all(one.any() for one in found.values()):
             for kind, column in enumerate(KINDS):
                 for how in ("within images", "between images"):
-                    one = _difference({name: sums[name][:, layer, kind] for name in LABELS}, found, how, settings)
+                    one = _difference({name: total[name][:, layer, kind] for name in LABELS}, found, how, images)
                     differences.append({**head, "tokens": column, "compared": how, **one})
-                beside = against_neighbours(values[:, layer, kind], get("mention_token"), label, place, n_items)
-                if np.isfinite(beside).any():
-                    (found_here,) = intervals(beside[:, None], settings, p_value=True)
-                    numbers = _numbers(found_here)
-                    n = int(np.isfinite(beside).sum())
-                    differences.append({**head, "tokens": column, "compared": NEIGHBOURS, **numbers, "n_items": n})
+                beside = against_neighbours(values[:, layer, kind], token, label, item, len(tokens.items))
+                known = np.isfinite(beside)
+                if known.any():
+                    numbers = _numbers(images.only(known).means(beside[known, None], p_value=True)[0])
+                    differences.append({**head, "tokens": column, "compared": NEIGHBOURS, **numbers})
     return pd.DataFrame(rows), pd.DataFrame(differences)
 
 
@@ -166,48 +166,37 @@ def against_neighbours(values: FloatArray, token: Array, label: Array, item: Arr
     return found
 
 
-def _ratio_interval(total: FloatArray, count: FloatArray, settings: Settings) -> tuple[float, float, float]:
-    """Mean over words, whole items resampled."""
-    kept = count > 0
-    found = cluster_bootstrap(
-        np.stack([total[kept], count[kept]], axis=1),
-        lambda sums: ratio(sums[..., :1], sums[..., 1:]),
-        n_resamples=settings.n_resamples,
-        seed=settings.seed,
-    )
-    one = found[0] if isinstance(found, list) else found
-    return one.value, one.low, one.high
-
-
 def _difference(
-    total: dict[str, FloatArray], count: dict[str, FloatArray], how: str, settings: Settings
+    total: dict[str, FloatArray], count: dict[str, FloatArray], how: str, images: Images
 ) -> dict[str, object]:
-    """Hallucinated minus true objects, with the interval, p, and the number of items."""
-    both = (count["object"] > 0) & (count["hallucinated"] > 0)
+    """Hallucinated minus true objects of [image], with the interval, p, and the number of images."""
+    chosen = [count[name] > 0 for name in LABELS]
+    kept = chosen[0] & chosen[1] if how == "within images" else chosen[0] | chosen[1]
+    sums = np.stack([one[name][kept] for name in LABELS for one in (total, count)], axis=1)
+    if not kept.any():
+        return _numbers(Interval(np.nan, np.nan, np.nan, 0, p=np.nan))
     if how == "within images":
-        within = ratio(total["hallucinated"], count["hallucinated"]) - ratio(total["object"], count["object"])
-        if not both.any():
-            return {"difference": np.nan, "low": np.nan, "high": np.nan, "p": np.nan, "n_items": 0}
-        (one,), n = intervals(within[both][:, None], settings, p_value=True), int(both.sum())
-    else:
-        some = (count["object"] > 0) | (count["hallucinated"] > 0)
-        sums = np.stack([one[name][some] for name in LABELS for one in (total, count)], axis=1)
-        found = cluster_bootstrap(
-            sums,
-            lambda s: (ratio(s[..., 2], s[..., 3]) - ratio(s[..., 0], s[..., 1]))[..., None],
-            n_resamples=settings.n_resamples,
-            seed=settings.seed,
-            p_value=True,
-        )
-        one, n = found[0] if isinstance(found, list) else found, int(some.sum())
-    return {**_numbers(one), "n_items": n}
+        sums = np.stack([sums[:, 2] / sums[:, 3] - sums[:, 0] / sums[:, 1], np.ones(len(sums))], axis=1)
+    found = cluster_bootstrap(
+        sums,
+        lambda s: (
+            ratio(s[..., 0], s[..., 1])
+            if how == "within images"
+            else ratio(s[..., 2], s[..., 3]) - ratio(s[..., 0], s[..., 1])
+        ),
+        n_resamples=images.n_resamples,
+        seed=images.seed,
+        p_value=True,
+    )
+    assert isinstance(found, Interval)
+    return _numbers(found)
 
 
-def _numbers(difference: Interval) -> dict[str, object]:
-    return {"difference": difference.value, "low": difference.low, "high": difference.high, "p": difference.p}
+def _numbers(one: Interval) -> dict[str, object]:
+    return {"difference": one.value, "low": one.low, "high": one.high, "p": one.p, "n_images": one.n}
 
 
-def outliers_table(tokens: Tokens, masks: dict[str, Mask], settings: Settings) -> pd.DataFrame:
+def outliers_table(tokens: Tokens, masks: dict[str, Mask], images: Images) -> pd.DataFrame:
     """How many tokens each definition marks, and how much of the decoder's attention and of the objects they hold.
 
     `attention` is the share of the decoder's attention to image tokens at the end of the prompt, beside the share of tokens;
@@ -229,14 +218,14 @@ def outliers_table(tokens: Tokens, masks: dict[str, Mask], settings: Settings) -
                 ]
             )
         row: dict[str, object] = {"definition": name}
-        found = mean_intervals(per_item, settings)
+        found = images.table(per_item)
         for column, one in zip(("tokens", "share", "attention", "on_objects", "area"), found.itertuples(), strict=True):
             row |= {column: one.mean, f"{column}_low": one.low, f"{column}_high": one.high}
         rows.append({**row, "n_items": len(per_item)})
     return pd.DataFrame(rows)
 
 
-def agreement_table(tokens: Tokens, masks: dict[str, Mask], settings: Settings) -> pd.DataFrame:
+def agreement_table(tokens: Tokens, masks: dict[str, Mask], images: Images) -> pd.DataFrame:
     """Jaccard index of every two definitions, over the items in which both mark a token, and its chance level: the mean
     index of random sets of the same sizes.
     """
@@ -251,7 +240,7 @@ def agreement_table(tokens: Tokens, masks: dict[str, Mask], settings: Settings) 
                 chance = expected_jaccard(int(a.sum()), int(b.sum()), len(a))
                 values.append([(a & b).sum() / (a | b).sum(), chance] if both else [np.nan, np.nan])
             array = np.array(values)
-            found = intervals(np.column_stack([array, array[:, 0] - array[:, 1]]), settings)
+            found = images.means(np.column_stack([array, array[:, 0] - array[:, 1]]))
             rows.append(
                 {
                     "first": names[one],
@@ -266,12 +255,12 @@ def agreement_table(tokens: Tokens, masks: dict[str, Mask], settings: Settings) 
 
 
 def map_tables(
-    get: Callable[[str], Array], tokens: Tokens, masks: dict[str, Mask], settings: Settings
+    get: Callable[[str], Array], tokens: Tokens, masks: dict[str, Mask], n_maps: int
 ) -> dict[str, pd.DataFrame]:
     """Of the first items: attention of encoder and decoder and the outliers by place, and the pictures pixel by pixel."""
     maps, pictures = [], []
-    images = get("picture")[: settings.n_maps] if settings.n_maps else np.zeros((0, 1, 1, 3))
-    for item, part, image in zip(tokens.items.tolist(), tokens.parts(), images, strict=False):
+    kept = get("picture")[:n_maps] if n_maps else np.zeros((0, 1, 1, 3))
+    for item, part, image in zip(tokens.items.tolist(), tokens.parts(), kept, strict=False):
         attended = tokens.decoder[part, 0]
         table = pd.DataFrame({"item": item, "row": tokens.place[part, 0], "column": tokens.place[part, 1]})
         for number, layer in enumerate(tokens.compared):

@@ -1,4 +1,4 @@
-"""Attention rollout and attention flow (Abnar and Zuidema, ACL 2020, arXiv 2005.00928), and boxes on grids of patches."""
+"""Attention rollout and attention flow (Abnar and Zuidema, ACL 2020, arXiv 2005.00928), and shares inside of boxes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor
 
+from probes.outlier_places import Box
+
 FloatArray = NDArray[np.float64]
-Box = tuple[float, float, float, float]
 
 CAPACITY = 10**6
 """What a capacity of 1 becomes: scipy's maximum flow takes whole numbers."""
-_SAMPLES = 8
 
 
 def with_residual(attention: Tensor) -> Tensor:
@@ -88,22 +88,6 @@ def attention_flow(attention: FloatArray, start: int, sinks: Sequence[int]) -> F
     ).tocsr()
     source = n_layers * n_positions + start
     return np.array([maximum_flow(graph, source, int(sink)).flow_value for sink in sinks]) / CAPACITY
-
-
-def coverage(boxes: Sequence[Sequence[float]], rows: int, columns: int) -> FloatArray:
-    """The share of each patch of a grid that lies inside of at least one box: [row, column].
-
-    Args:
-        boxes: (left, top, right, bottom) in shares of the image, which the grid covers whole.
-        rows, columns: of the grid.
-    """
-    y = (np.arange(rows * _SAMPLES) + 0.5) / (rows * _SAMPLES)
-    x = (np.arange(columns * _SAMPLES) + 0.5) / (columns * _SAMPLES)
-    inside = np.zeros((len(y), len(x)), dtype=bool)
-    for left, top, right, bottom in boxes:
-        inside |= ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))[None, :]
-    share: FloatArray = inside.reshape(rows, _SAMPLES, columns, _SAMPLES).mean(axis=(1, 3))
-    return share
 
 
 def turned(boxes: Sequence[Sequence[float]]) -> list[Box]:

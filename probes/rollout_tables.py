@@ -1,4 +1,4 @@
-"""The tables of attention rollout: shares of the image and of boxes, with intervals over items and their controls."""
+"""The tables of attention rollout: shares of the image and of boxes, with intervals over images and their controls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from slitlamp.evaluation.statistics import Interval, cluster_bootstrap, ratio
+from probes.image_means import Images
 
 Array = NDArray[Any]
 METHODS = ("rollout", "attention", "last layer", "uniform causal", "flow")
@@ -22,7 +22,7 @@ class Places:
     """What was found from every place that attention was followed from.
 
     Attributes:
-        group: [place], the item.
+        images: which places share an image.
         kind: [place], what kind of place it is.
         image: [place, method], the weight on image tokens (not a share of 1 for flow).
         inside: [place, method], the share of that weight inside of the boxes; NaN without boxes.
@@ -31,7 +31,7 @@ class Places:
         agreement: [place], rank correlation over image tokens of rollout and raw attention.
     """
 
-    group: Array
+    images: Images
     kind: Array
     image: Array
     inside: Array
@@ -40,13 +40,13 @@ class Places:
     agreement: Array
 
 
-def share_table(places: Places, methods: Sequence[str], **options: int) -> pd.DataFrame:
+def share_table(places: Places, methods: Sequence[str]) -> pd.DataFrame:
     """One row per kind of place and method.
 
     Columns: place, method; image, the weight on image tokens; inside, the share of it inside of the boxes; area, the boxes'
     share of the image, which is chance; opposite, the share inside of the turned boxes; gain = inside - opposite; advantage =
     inside - inside of raw attention; correlation with raw attention (rollout only); each with low and high, n_places (and
-    n_boxes of them with boxes) and n_items.
+    n_boxes of them with boxes) and n_images.
     """
     rows = []
     raw = list(methods).index("attention")
@@ -73,25 +73,22 @@ def share_table(places: Places, methods: Sequence[str], **options: int) -> pd.Da
                     & np.isfinite(values)
                     & (np.isfinite(of["inside"]) | np.isin(name, ("image", "correlation")))
                 )
-                one = mean_interval(values[kept], places.group[kept], **options)
+                (one,) = places.images.only(kept).means(values[kept, None])
                 row |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
             row["n_places"] = int(measured.sum())
             row["n_boxes"] = int((measured & np.isfinite(of["inside"])).sum())
-            row["n_items"] = len(np.unique(places.group[measured]))
+            row["n_images"] = len(np.unique(places.images.group[measured]))
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def depth_table(
-    places: Places, found: Mapping[str, tuple[Array, Array]], layers: Array, **options: int
-) -> pd.DataFrame:
+def depth_table(places: Places, found: Mapping[str, tuple[Array, Array]], layers: Array) -> pd.DataFrame:
     """Weight on the image and inside of the boxes by layer.
 
     Args:
-        places: the kinds, items and areas.
+        places: the kinds, images and areas.
         found: method -> ([place, layer] weight on image tokens, [place, layer] share of it inside).
         layers: [layer], their numbers.
-        options: of the bootstrap.
 
     Returns:
         place, method, layer, image, inside, area with low and high; for rollout, of the layers up to this one.
@@ -108,21 +105,10 @@ def depth_table(
                     ("inside", inside[:, number], with_boxes),
                     ("area", places.area, with_boxes),
                 ):
-                    one = mean_interval(values[kept], places.group[kept], **options)
+                    (one,) = places.images.only(kept).means(values[kept, None])
                     row |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
-                rows.append({**row, "n_places": int(own.sum()), "n_items": len(np.unique(places.group[own]))})
+                rows.append({**row, "n_places": int(own.sum()), "n_images": len(np.unique(places.images.group[own]))})
     return pd.DataFrame(rows)
-
-
-def mean_interval(values: Array, groups: Array, **options: int) -> Interval:
-    """The mean of values with an interval over their groups; NaN without a value."""
-    if not len(values):
-        return Interval(np.nan, np.nan, np.nan, 0)
-    frame = pd.DataFrame({"value": values.astype(np.float64), "group": groups})
-    sums = frame.groupby("group")["value"].agg(["sum", "count"]).to_numpy(dtype=np.float64)
-    found = cluster_bootstrap(sums, lambda total: ratio(total[..., 0], total[..., 1]), **options)  # type: ignore[arg-type]
-    assert isinstance(found, Interval)
-    return found
 
 
 def rollout_summary(tables: Mapping[str, pd.DataFrame]) -> str:
@@ -133,8 +119,8 @@ def rollout_summary(tables: Mapping[str, pd.DataFrame]) -> str:
     if not kinds:
         row = shares.iloc[0]
         return (
-            f"Rollout from the {row['place']} leaves {_text(row, 'image')} on image tokens (n = {int(row['n_items'])} items); no "
-            "boxes were given."
+            f"Rollout from the {row['place']} leaves {_text(row, 'image')} on image tokens (n = {int(row['n_images'])} images); "
+            "no boxes were given."
         )
     rows = shares[shares["place"] == kinds[0]].set_index("method")
     own, raw = rows.loc["rollout"], rows.loc["attention"]

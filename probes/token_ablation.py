@@ -12,8 +12,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probes.ablation_tables import ABLATED, ROLES, Ablated, contrasts_table, effects_table, sets_table, summary
+from probes.ablation_tables import (
+    ABLATED,
+    ROLES,
+    Ablated,
+    completeness_table,
+    contrasts_table,
+    effects_table,
+    sets_table,
+    summary,
+)
 from probes.cls_outliers import feature_block
+from probes.image_means import Images
 from probes.outlier_definitions import norm_outliers, random_tokens, top_tokens
 from probes.outlier_places import boxes_of, check_places, place_tokens
 from probes.token_sets import object_tokens, shifted_tokens
@@ -21,15 +31,17 @@ from slitlamp.decoding.edits import replace_tokens
 from slitlamp.errors import InputError, UnsupportedError, unknown
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import Edit, GatheringProbe, ProbeResult, Site, Trace, View
+from slitlamp.tracing.call import Calls
 from slitlamp.tracing.probe import Labels
 from slitlamp.tracing.sites import logits, resid_pre, vision_attention, vision_resid_post
 
 if TYPE_CHECKING:
     from slitlamp.vlm import VLM
 
-TokenSet = Literal["object", "object + 1", "object + 2", "encoder", "norm", "gradient"]
+TokenSet = Literal["object", "object + 1", "object + 2", "encoder", "register", "integrated gradients"]
 TOKEN_SETS: tuple[str, ...] = get_args(TokenSet)
 BUFFERS = {"object": 0, "object + 1": 1, "object + 2": 2}
+GRADIENTS: Literal["integrated gradients"] = "integrated gradients"
 
 
 @dataclass
@@ -41,10 +53,16 @@ class TokenAblation(GatheringProbe):
     set; "shifted", the set's own shape moved elsewhere on the grid (with the least overlap), for sets that hang together.
 
     The sets: the patches of one object (captions: one true object that was named, at random; questions: the object asked
-    for, where it is in the image), with a margin of 0, 1 or 2 cells; the `top_k` tokens first in the encoder's attention and
-    those of outlying norm (as in `ClsOutliers`; with high-resolution tiles, of the whole-image view); the tokens of the
-    largest gradient x (input - replacement) for the log probability of the object's word or the answer, as many as the object
-    has, else `top_k`. Sets of objects need labels with boxes.
+    for, where it is in the image), with a margin of 0, 1 or 2 cells; the `top_k` tokens first in the encoder's attention;
+    "register", those of outlying norm (as in `ClsOutliers`; with high-resolution tiles, these two of the whole-image view);
+    "integrated gradients", the tokens of the largest integrated gradient (Sundararajan et al., ICML 2017) of the log
+    probability of the object's word or the answer, as many as the object has, else `top_k`. Sets of objects need labels with
+    boxes. The last set is chosen by the very quantity that it is then shown to change: it says how well the attribution finds
+    what matters, and is no evidence that what matters is in one place.
+
+    Integrated gradients follow a straight line from inputs in which every image token is replaced to the inputs as they are:
+    (input - replacement) times the mean gradient at the midpoints of `n_steps` equal steps, added up over d_model. Complete ones
+    add up to what replacing all image tokens costs: the table `completeness` holds both.
 
     All runs are those of the unmodified model, also under interventions. The logits of all sets are held at once: batches of
     large models must be small.
@@ -57,9 +75,10 @@ class TokenAblation(GatheringProbe):
         top_k: size of the sets that no object gives.
         min_cover: a token belongs to an object if its boxes cover this share of it, or more than of any other token [?].
         n_sd: of the norm rule.
+        n_steps: of the integrated gradients; each is a forward and a backward pass.
         n_random, n_shifted: how many control sets of each kind.
         seed: of random sets, the choice of the object, and the bootstrap.
-        n_resamples: of the bootstrap, over items.
+        n_resamples: of the bootstrap, over images.
     """
 
     sets: Sequence[TokenSet] = TOKEN_SETS  # type: ignore[assignment]  # get_args loses the literals
@@ -68,6 +87,7 @@ class TokenAblation(GatheringProbe):
     top_k: int = 10
     min_cover: float = 0.1
     n_sd: float = 2.0
+    n_steps: int = 20
     n_random: int = 3
     n_shifted: int = 2
     seed: int = 0
@@ -75,6 +95,9 @@ class TokenAblation(GatheringProbe):
     _gathered: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "token_ablation"
+    no_target: ClassVar[str] = (
+        "the finding is itself the effect of an intervention, given against as many random and shifted tokens."
+    )
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         """The inputs of the language model, and what outliers are read off."""
@@ -82,8 +105,8 @@ class TokenAblation(GatheringProbe):
         queries: Literal["cls", "patches"] = "cls" if anatomy.has_cls else "patches"
         of_tower = vision_attention(queries=queries, reduce_heads="mean", reduce_queries="mean", label="encoder")
         found = [resid_pre(layers=0, positions="image", label="embedded")]
-        found += [of_tower] if "encoder" in self.sets or "norm" in self.sets else []
-        return found + ([vision_resid_post(positions="patches", label="tower")] if "norm" in self.sets else [])
+        found += [of_tower] if "encoder" in self.sets or "register" in self.sets else []
+        return found + ([vision_resid_post(positions="patches", label="tower")] if "register" in self.sets else [])
 
     def _check(self, anatomy: Anatomy) -> None:
         for one in self.sets:
@@ -97,7 +120,7 @@ class TokenAblation(GatheringProbe):
             raise InputError("replacement='given' and vector go together")
         if self.vector is not None and len(self.vector) != anatomy.d_model:
             raise InputError(f"vector must have {anatomy.d_model} numbers (d_model), found {len(self.vector)}")
-        for name, least in (("top_k", 1), ("n_random", 1), ("n_shifted", 0)):
+        for name, least in (("top_k", 1), ("n_steps", 1), ("n_random", 1), ("n_shifted", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, found {getattr(self, name)}")
         check_places(anatomy)
@@ -108,16 +131,21 @@ class TokenAblation(GatheringProbe):
             )
 
     def views(self, anatomy: Anatomy) -> dict[str, View]:
-        """The batch unchanged; its gradients; and a run per set and control."""
+        """The batch unchanged; the steps of its integrated gradients and their start; and a run per set and control."""
         scored = [logits(positions="before_generated")]
 
         def unchanged(batch: Batch, trace: Trace) -> tuple[Batch, list[Edit]]:
+            _refuse_bare(batch)
             return batch, []
 
         found = {"unchanged": View(unchanged, scored)}
-        if "gradient" in self.sets:
-            sites = [resid_pre(layers=0, positions="image", label="embedded"), *scored]
-            found["gradient"] = View(unchanged, sites, gradient_of=self._log_probability)
+        if GRADIENTS in self.sets:
+            inputs = [resid_pre(layers=0, positions="image", label="embedded")]
+            inputs += [logits(positions="before_generated", reduce="sum")]  # have the model compute them
+            found["all replaced"] = View(self._towards(0.0), scored)
+            for step in range(self.n_steps):
+                at = self._towards((step + 0.5) / self.n_steps)
+                found[f"gradient {step}"] = View(at, inputs, gradient_of=self._log_probability)
         for name, ablated, draw in self._runs():
             found[f"{name}: {ablated} {draw}"] = View(self._replacing(name, ablated, draw), scored)
         return found
@@ -137,6 +165,21 @@ class TokenAblation(GatheringProbe):
                     mask = self._control(batch, row, mask, ablated, draw)
                 chosen[row, batch.image_mask[row].nonzero()[:, 0]] = mask.to(chosen.device)
             return batch, replace_tokens(chosen, self._value(batch, trace))
+
+        return change
+
+    def _towards(self, share: float) -> Callable[[Batch, Trace], tuple[Batch, list[Edit]]]:
+        """All image tokens between their replacement (0) and what they are (1)."""
+
+        def change(batch: Batch, trace: Trace) -> tuple[Batch, list[Edit]]:
+            value = torch.as_tensor(self._value(batch, trace))
+
+            def move(values: Tensor, calls: Calls) -> Tensor:
+                start = value.to(values)
+                there = batch.image_mask.to(values.device)[..., None]
+                return torch.where(there, start + share * (values - start), values)
+
+            return batch, [Edit("resid_pre", 0, move)]
 
         return change
 
@@ -173,12 +216,12 @@ class TokenAblation(GatheringProbe):
     def _tokens(self, batch: Batch, trace: Trace, row: int, name: str) -> Tensor:
         """bool [image token] of the row: the set of that name; all False where the row has none."""
         patches = batch.patches[row]
-        if name in BUFFERS or name == "gradient":
+        if name in BUFFERS or name == GRADIENTS:
             _, labelled = self._target(batch, trace, row)
             of_object = object_tokens(patches, boxes_of(labelled), BUFFERS.get(name, 0), self.min_cover)
             if name in BUFFERS:
                 return of_object
-            score = self._gradient(batch, trace, row).masked_fill(~patches.on_image, -torch.inf)
+            score = self._integrated(batch, trace, row).masked_fill(~patches.on_image, -torch.inf)
             return top_tokens(score, int(of_object.sum()) or min(self.top_k, int(patches.on_image.sum())))
         assert trace.source is not None
         anatomy, mask = trace.source.anatomy, torch.zeros(len(patches), dtype=torch.bool)
@@ -204,18 +247,20 @@ class TokenAblation(GatheringProbe):
             chosen[here[torch.from_numpy(drawn)]] = True
         return chosen
 
-    def _gradient(self, batch: Batch, trace: Trace, row: int) -> Tensor:
-        """gradient x (input - replacement) [image token]: how much the first order says that replacing would cost."""
-        view = trace.views["gradient"]
-        assert view.gradients is not None
-        slope = view.gradients["embedded"][0][row].double()
-        value = torch.as_tensor(self._value(batch, trace), device=slope.device, dtype=torch.float64)
-        away = view["embedded"][0][row].double() - (value[row] if value.ndim == 3 else value)
-        return (slope * away).sum(dim=-1)[trace.mask("embedded")[row]].cpu()
+    def _integrated(self, batch: Batch, trace: Trace, row: int) -> Tensor:
+        """Integrated gradients [image token] of the log probability of the row's target, in nats."""
+        inputs = trace["embedded"][0][row].double()
+        slope = torch.zeros_like(inputs)
+        for step in range(self.n_steps):
+            found = trace.views[f"gradient {step}"].gradients
+            assert found is not None
+            slope += found["embedded"][0][row].to(inputs)
+        value = torch.as_tensor(self._value(batch, trace), device=inputs.device, dtype=torch.float64)
+        away = inputs - (value[row] if value.ndim == 3 else value)
+        return (slope / self.n_steps * away).sum(dim=-1)[trace.mask("embedded")[row]].cpu()
 
     def _log_probability(self, batch: Batch, trace: Trace) -> Callable[[Any], Tensor]:
         """Of the target token of every row, to be differentiated."""
-        _refuse_bare(batch)
         place = [
             batch.length - batch.n_generated[row] + self._target(batch, trace, row)[0] for row in range(batch.size)
         ]
@@ -231,8 +276,9 @@ class TokenAblation(GatheringProbe):
 
     def update(self, batch: Batch, trace: Trace, labels: Labels | None = None) -> None:
         """Take in one batch; without `labels` there are no objects, and all words are other words."""
-        _refuse_bare(batch)
         before, best = self._scores(batch, trace.views["unchanged"])
+        if GRADIENTS in self.sets:
+            nothing, _ = self._scores(batch, trace.views["all replaced"])
         count = len(self.sets)
         shape = (batch.size, count, len(ABLATED))
         change, flipped = np.zeros((*shape, before.shape[1])), np.zeros((*shape, before.shape[1]))
@@ -255,8 +301,14 @@ class TokenAblation(GatheringProbe):
                     flips[:, :, number] = flipped[row][..., tokens].mean(axis=-1)
             absent = sizes == 0
             sums[absent], flips[absent] = np.nan, np.nan
+            if GRADIENTS in self.sets:
+                token = self._target(batch, trace, row)[0]
+                self._rows(
+                    attributed=np.array([float(self._integrated(batch, trace, row).sum())]),
+                    all_replaced=np.array([float(before[row, token] - nothing[row, token])]),
+                )
             self._rows(
-                item=np.array([batch.ids[row]]),
+                group=np.array([batch.groups[row]]),
                 change=sums[None],
                 flipped=flips[None],
                 n_tokens=found[None],
@@ -295,18 +347,24 @@ class TokenAblation(GatheringProbe):
     # -- tables -------------------------------------------------------------------------------------------------------
 
     def result(self) -> ProbeResult:
-        """Tables `effects`, `contrasts` and `sets`."""
+        """Tables `effects`, `contrasts`, `sets`, and with integrated gradients `completeness`."""
+        images = Images(self._get("group"), self.n_resamples, self.seed)
         ablated = Ablated(
             list(self.sets),
             ABLATED[: 2 + (self.n_shifted > 0)],
             **{name: self._get(name) for name in ("change", "flipped", "n_tokens", "size", "n_image_tokens")},
         )
         tables = {
-            "effects": effects_table(ablated, self),
-            "contrasts": contrasts_table(ablated, self),
-            "sets": sets_table(ablated, self),
+            "effects": effects_table(ablated, images),
+            "contrasts": contrasts_table(ablated, images),
+            "sets": sets_table(ablated, images),
         }
-        return ProbeResult(name=self.name, tables=tables, summary=summary(tables["contrasts"]))
+        if GRADIENTS in self.sets:
+            tables["completeness"] = completeness_table(
+                self._get("attributed"), self._get("all_replaced"), self.n_steps, images
+            )
+        text = summary(tables["contrasts"], tables.get("completeness"))
+        return ProbeResult(name=self.name, tables=tables, summary=text)
 
 
 def mean_image_token(vlm: VLM, batches: Iterable[Batch]) -> list[float]:

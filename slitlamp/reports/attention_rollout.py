@@ -90,10 +90,10 @@ def inside(tables: Tables, width: float) -> Figure | None:
 
 def inside_caption(tables: Tables) -> str:
     """What is drawn."""
-    n = int(tables["shares"]["n_items"].max())
+    n = int(tables["shares"]["n_images"].max())
     return (
         "Of the weight that falls on the image, the share inside of the boxes of the object that is named (from the last prompt "
-        f"token and the vision tower: of all objects that are named truly); {n} items, bootstrap intervals over them. Dashed: "
+        f"token and the vision tower: of all objects that are named truly); {n} images, bootstrap intervals over them. Dashed: "
         "the boxes' share of the image, which is chance. Crosses: the same weights in the boxes turned by 180 degrees. The "
         "rollout of uniform attention shows what the product of causal matrices favours by itself."
     )
@@ -165,10 +165,10 @@ LABELS: Final = {"image": "image", "inside": "box"}
 
 def depths_caption(tables: Tables) -> str:
     """What is drawn."""
-    n = int(tables["depths"]["n_items"].max())
+    n = int(tables["depths"]["n_images"].max())
     return (
         f"Left: the weight on image tokens, of rollout over the layers up to each and of attention in it. Right: the share of "
-        f"that weight inside of the boxes; dashed, the boxes' share of the image. {n} items, bootstrap intervals over them."
+        f"that weight inside of the boxes; dashed, the boxes' share of the image. {n} images, bootstrap intervals over them."
     )
 
 

@@ -25,7 +25,7 @@ from slitlamp.reports.style import (
 SHORT: Final = {
     "first in the encoder's attention": "encoder",
     "norm above mean + sd": "norm",
-    "norm above the valley": "valley",
+    "norm above the threshold": "threshold",
     "attention sink of the decoder": "sink",
 }
 
@@ -136,7 +136,7 @@ def _concentration(tables: Tables, width: float) -> Figure | None:
 
 
 def _n(table: pd.DataFrame) -> str:
-    return f"{int(table['n_items'].max())} images"
+    return f"{int(table['n_items'].max())} items"
 
 
 FIGURES: Final = {
@@ -171,7 +171,7 @@ FIGURES: Final = {
         "Definitions of outliers beside each other",
         lambda tables: (
             f"Left: how much of the decoder's attention the outliers of each definition hold, over {_n(tables['outliers'])}. "
-            "Right: Jaccard index of every two definitions, over the images in which both mark a token. Crosses: share of the "
+            "Right: Jaccard index of every two definitions, over the items in which both mark a token. Crosses: share of the "
             "tokens, and the mean index of random sets of the same sizes."
         ),
         _definitions,

@@ -15,7 +15,7 @@ from slitlamp.reports.style import BLUE, GREEN, MAP, PURPLE, VERMILLION, new_fig
 MARKS = {
     "first in the encoder's attention": (VERMILLION, "s", 1.0),
     "norm above mean + sd": (BLUE, "o", 0.72),
-    "norm above the valley": (GREEN, "^", 0.5),
+    "norm above the threshold": (GREEN, "^", 0.5),
     "attention sink of the decoder": (PURPLE, "X", 0.5),
 }
 """Colour, marker and size (1 fills a cell) of the outliers of each definition, drawn over each other."""

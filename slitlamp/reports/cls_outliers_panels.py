@@ -59,10 +59,10 @@ def overlap_curves(overlap: pd.DataFrame, ax: Axes) -> Axes:
         )
     first = overlap[overlap["query"] == overlap["query"].iloc[0]]
     ax.plot(first["i"], first["chance"], color=GREY, linewidth=1.0, linestyle=(0, (4, 2)), label="chance, i / n")
-    if first["other_item"].notna().any():
+    if first["other_image"].notna().any():
         ax.plot(
             first["i"],
-            first["other_item"],
+            first["other_image"],
             color=ORANGE,
             linewidth=1.2,
             linestyle=(0, (1, 1)),
@@ -126,16 +126,7 @@ def jaccard_points(agreement: pd.DataFrame, names: dict[str, str], ax: Axes) -> 
                 Estimate(float(row.jaccard), float(row.low), float(row.high)),
                 ConditionStyle(BLUE, "o", "-", True),
             )
-            ax.plot(
-                [row.chance],
-                [place],
-                marker="x",
-                color=GREY,
-                linestyle="none",
-                markeredgewidth=1.6,
-                zorder=4,
-                label="_chance",
-            )
+            _cross(ax, float(row.chance), place)
         else:
             ax.text(0.02, place, "one of them is empty", va="center", fontsize=8, color="#595959")
     category_axis(ax, labels)
@@ -150,16 +141,7 @@ def count_points(outliers: pd.DataFrame, names: dict[str, str], ax: Axes) -> Axe
     for place, row in enumerate(outliers.itertuples()):
         estimate = Estimate(float(row.attention), float(row.attention_low), float(row.attention_high))
         interval_point(ax, place, estimate, ConditionStyle(VERMILLION, "s", "-", True))
-        ax.plot(
-            [row.share],
-            [place],
-            marker="x",
-            color=GREY,
-            linestyle="none",
-            markeredgewidth=1.6,
-            zorder=4,
-            label="_share",
-        )
+        _cross(ax, float(row.share), place)
     category_axis(ax, [f"{names[str(row.definition)]} ({row.tokens:.1f} per image)" for row in outliers.itertuples()])
     ax.set_xlim(left=-0.005)
     ax.set_xlabel("attention held (cross: chance)")

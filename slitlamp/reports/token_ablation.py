@@ -25,8 +25,8 @@ SET_NAMES: Final = {
     "object + 1": "object, 1 cell more",
     "object + 2": "object, 2 cells more",
     "encoder": "first in encoder",
-    "norm": "outlying norm",
-    "gradient": "gradient x input",
+    "register": "outlying norm",
+    "integrated gradients": "integrated gradients",
 }
 
 

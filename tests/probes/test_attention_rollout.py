@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from probes import AttentionRollout
-from probes.rollout import attention_flow, coverage, inside_share, rollout, turned, uniform_causal, with_residual
+from probes.image_means import Images
+from probes.outlier_places import covered
+from probes.rollout import attention_flow, inside_share, rollout, turned, uniform_causal, with_residual
 from probes.rollout_tables import METHODS, Places, share_table
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.reports.attention_rollout import FIGURES
@@ -73,11 +75,8 @@ def test_flow_equals_networkx(seed: int) -> None:
     np.testing.assert_allclose(attention_flow(weights.numpy(), 5, range(6)), expected, atol=1e-4)
 
 
-def test_coverage_by_hand() -> None:
-    """A box over the left half of the first patch and, twice, over the last patch of a 2 x 2 grid."""
-    found = coverage([(0, 0, 0.25, 0.5), (0.5, 0.5, 1, 1), (0.5, 0.5, 1, 1)], 2, 2)
-    assert found.tolist() == [[0.5, 0], [0, 1]]
-    assert coverage(turned([(0, 0, 0.25, 0.5)]), 2, 2).tolist() == [[0, 0], [0, 0.5]]
+def test_a_box_turned_by_180_degrees() -> None:
+    assert turned([(0, 0.25, 0.5, 0.5)]) == [(0.5, 0.5, 1, 0.75)]
 
 
 def test_share_inside_by_hand() -> None:
@@ -115,19 +114,24 @@ def test_a_map_that_ignores_the_box_gives_its_area() -> None:
     missed = 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        weights = rng.random((40, 1, 64)).repeat(len(METHODS), axis=1)
+        weights = rng.random((40, 1, 64)).repeat(2, axis=1)
         corner, size = rng.random((40, 2)) * 0.6, 0.2 + 0.2 * rng.random((40, 2))
         boxes = [(x, y, x + w, y + h) for (x, y), (w, h) in zip(corner, size, strict=True)]
         inside, opposite = (
-            np.stack([inside_share(one, coverage([box], 8, 8).ravel()) for one, box in zip(weights, each, strict=True)])
+            np.stack(
+                [
+                    inside_share(one, covered([box], (8, 8)).double().numpy().ravel())
+                    for one, box in zip(weights, each, strict=True)
+                ]
+            )
             for each in (boxes, turned(boxes))
         )
-        area = np.array([coverage([box], 8, 8).mean() for box in boxes])
+        area = np.array([float(covered([box], (8, 8)).mean()) for box in boxes])
         places = Places(
-            group=np.arange(40).astype(str), kind=np.full(40, "object"), image=weights.sum(axis=-1), inside=inside,
-            opposite=opposite, area=area, agreement=np.zeros(40),
+            images=Images(np.arange(40).astype(str), 200, 0), kind=np.full(40, "object"), image=weights.sum(axis=-1),
+            inside=inside, opposite=opposite, area=area, agreement=np.zeros(40),
         )  # fmt: skip
-        row = share_table(places, METHODS, n_resamples=200, seed=0).iloc[0]
+        row = share_table(places, METHODS[:2]).iloc[0]
         assert row["inside"] == pytest.approx(row["area"], abs=0.02)
         missed += not row["gain_low"] <= 0 <= row["gain_high"]
     assert missed <= 7

@@ -16,9 +16,17 @@ from tiny_models import BUILDERS
 
 from probes import ClsOutliers
 from probes.cls_outliers import feature_block
-from probes.outlier_data import QUERIES, Settings, Tokens
+from probes.image_means import Images
+from probes.outlier_data import QUERIES, Tokens
 from probes.outlier_definitions import matched_tokens
-from probes.outlier_tables import against_neighbours, influence_tables, overlap_curve, overlap_table, sizes_of
+from probes.outlier_tables import (
+    against_neighbours,
+    influence_tables,
+    next_images,
+    overlap_curve,
+    overlap_table,
+    sizes_of,
+)
 from slitlamp.errors import InputError, UnknownNameError, UnsupportedError
 from slitlamp.models import Batch
 from slitlamp.reports.cls_outliers import FIGURES
@@ -26,7 +34,6 @@ from slitlamp.reports.style import NARROW
 from slitlamp.tracing import Edit, sites
 from slitlamp.vlm import VLM
 
-SETTINGS = Settings(top_k=3, n_influential=3, n_sd=2, sink_threshold=20, n_maps=0, seed=0, n_resamples=200)
 TABLE = pd.DataFrame(
     {
         "token": [0, 1, 2, 3],
@@ -73,6 +80,12 @@ def test_sizes_are_all_or_spread_over_many_tokens() -> None:
     assert (np.diff(many) > 0).all()
 
 
+def test_the_next_image_is_another_one() -> None:
+    """Several questions about one image: the control is never the attention on the same image."""
+    assert next_images(np.array(["a", "a", "b", "c", "c"])).tolist() == [2, 2, 3, 0, 0]
+    assert next_images(np.array(["a", "a"])).tolist() == [0, 1]
+
+
 def test_the_block_that_a_model_reads() -> None:
     class Config:
         vision_feature_layer: Any = -2
@@ -95,6 +108,7 @@ def tokens_of(encoder: np.ndarray, decoder: np.ndarray) -> Tokens:
     flat, nothing = decoder.ravel(), np.full(n_items * n, np.nan)
     return Tokens(
         items=np.array([f"item{one}" for one in range(n_items)]),
+        group=np.array([f"item{one}" for one in range(n_items)]),
         starts=np.arange(n_items + 1) * n,
         place=place,
         encoder=encoder.reshape(-1, 1),
@@ -107,15 +121,29 @@ def tokens_of(encoder: np.ndarray, decoder: np.ndarray) -> Tokens:
     )
 
 
+def images_of(tokens: Tokens) -> Images:
+    return Images(tokens.group, n_resamples=200, seed=0)
+
+
+def overlap_of(encoder: np.ndarray, decoder: np.ndarray) -> pd.DataFrame:
+    tokens = tokens_of(encoder, decoder)
+    return overlap_table(tokens, images_of(tokens))
+
+
+def influence_of(shift: float, rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
+    get, tokens = mentions(shift, rng)
+    return influence_tables(get, tokens, images_of(tokens), 3)
+
+
 def test_equal_attention_overlaps_wholly_and_another_image_only_by_chance() -> None:
     attention = np.random.default_rng(0).random((200, 36))
-    table = overlap_table(tokens_of(attention, attention**2), SETTINGS)
+    table = overlap_of(attention, attention**2)
     assert set(table["query"]) == {QUERIES[0]}
     assert (table["overlap"] == 1).all()
     np.testing.assert_allclose(table["chance"], np.arange(1, 37) / 36)
     few = table[(table["i"] >= 3) & (table["i"] <= 35)]
     # 200 items: the sd of a mean of H_i is at most .02
-    assert (few["other_item"] - few["chance"]).abs().max() < 0.08
+    assert (few["other_image"] - few["chance"]).abs().max() < 0.08
 
 
 def test_independent_attention_overlaps_by_chance_at_the_stated_rate() -> None:
@@ -123,7 +151,7 @@ def test_independent_attention_overlaps_by_chance_at_the_stated_rate() -> None:
     rng = np.random.default_rng(1)
     missed = 0
     for _ in range(100):
-        table = overlap_table(tokens_of(*rng.random((2, 40, 36))), SETTINGS)
+        table = overlap_of(*rng.random((2, 40, 36)))
         row = table[table["i"] == 6].iloc[0]
         missed += not row["low"] <= row["chance"] <= row["high"]
     # the percentile bootstrap of 40 items is a little narrow; 100 draws at 7 % exceed 13 once in 100 times
@@ -144,7 +172,7 @@ def mentions(shift: float, rng: np.random.Generator) -> tuple[Callable[[str], An
 
 def test_a_planted_difference_of_influence_is_found_and_its_null_is_not() -> None:
     rng = np.random.default_rng(2)
-    table, differences = influence_tables(*mentions(0.05, rng), SETTINGS)
+    table, differences = influence_of(0.05, rng)
     assert table["chance"].tolist() == pytest.approx([3 / 36] * 2)
     within, between = (
         differences[differences["compared"] == one].iloc[0] for one in ("within images", "between images")
@@ -154,7 +182,7 @@ def test_a_planted_difference_of_influence_is_found_and_its_null_is_not() -> Non
     assert within["difference"] == pytest.approx(between["difference"])  # balanced: the same estimate
     found = 0
     for _ in range(100):
-        null = influence_tables(*mentions(0.0, rng), SETTINGS)[1].iloc[0]
+        null = influence_of(0.0, rng)[1].iloc[0]
         found += bool(null["p"] < 0.05)
     assert found <= 12  # 100 tests at 5 %: 12 or more once in 200 times
 
@@ -206,6 +234,31 @@ def test_equal_to_attention_of_the_eager_model(llava: VLM, image: Any) -> None:
             assert influence[layer, label] == pytest.approx(np.mean(values), rel=1e-4)
 
 
+def test_attention_of_chosen_heads_and_layers(llava: VLM, image: Any) -> None:
+    """One head of the tower and one of one layer of the decoder, against the eager model."""
+    batch = caption(llava, image)
+    probe = ClsOutliers(
+        encoder_heads=[1], decoder_heads=[1], decoder_layers=[2], encoder_layers=[1], n_resamples=20, n_maps=2
+    )
+    llava.measure(probe, batch)
+    maps, eager = probe.result().tables["maps"], Eager(llava, batch)
+    for row in range(2):
+        table, where = maps[maps["item"] == f"item{row}"], batch.image_mask[row].nonzero()[:, 0]
+        seen = eager.vision_attentions[1][row][1, 0, 1:]
+        attended = eager.attentions[2][row][1, batch.length - batch.n_generated[row] - 1, where]
+        np.testing.assert_allclose(table["encoder_1"], seen / seen.sum(), rtol=1e-4)
+        np.testing.assert_allclose(table["decoder"], attended / attended.sum(), rtol=1e-4)
+
+
+def test_rows_of_one_image_are_one_image(llava: VLM, image: Any) -> None:
+    probe = ClsOutliers(n_resamples=20, n_maps=0)
+    llava.measure(probe, caption(llava, image).grouped(["same", "same"]), [TABLE, TABLE])
+    tables = probe.result().tables
+    assert tables["concentration"][["low", "high"]].isna().all().all()  # no interval from one image
+    assert tables["influence"]["n_images"].eq(1).all()
+    assert tables["overlap"]["other_image"].isna().all()
+
+
 def test_norms_and_largest_values_are_those_of_hugging_face(llava: VLM, image: Any) -> None:
     batch = caption(llava, image)
     probe = ClsOutliers(n_resamples=20)
@@ -249,21 +302,28 @@ def test_planted_norms_are_found_by_rule_and_by_valley(llava: VLM, image: Any) -
     result = measured(llava, image, [Edit("vision_resid_post", 1, raise_norm)]).result()
     tables = result.tables
     outliers = tables["outliers"].set_index("definition")
-    for name in ("norm above mean + sd", "norm above the valley"):
+    for name in ("norm above mean + sd", "norm above the threshold"):
         assert outliers.loc[name, "tokens"] == 2
         marked = tables["maps"][tables["maps"][name]]
         assert set(zip(marked["row"], marked["column"], strict=True)) == {(0, 3), (2, 2)}
     pairs = tables["agreement"].set_index(["first", "second"])["jaccard"]
-    assert pairs["norm above mean + sd", "norm above the valley"] == 1
+    assert pairs["norm above mean + sd", "norm above the threshold"] == 1
     row = tables["norms"].set_index(["stream", "layer"]).loc[("tower", 1)]
     assert 7 < row["valley"] < 50
     assert row["above_valley"] == pytest.approx(2 / 16)
 
 
+def test_a_given_threshold_stands_in_for_the_valley(llava: VLM, image: Any) -> None:
+    tables = measured(llava, image, [], n=2, norm_threshold=0.0).result().tables
+    assert tables["outliers"].set_index("definition").loc["norm above the threshold", "tokens"] == 16
+    tables = measured(llava, image, [], n=2, norm_threshold=1e6).result().tables
+    assert tables["outliers"].set_index("definition").loc["norm above the threshold", "tokens"] == 0
+
+
 def test_without_outliers_there_is_no_valley(llava: VLM, image: Any) -> None:
     tables = measured(llava, image, []).result().tables
     assert tables["norms"]["valley"].isna().all()
-    assert "norm above the valley" not in set(tables["outliers"]["definition"])
+    assert "norm above the threshold" not in set(tables["outliers"]["definition"])
     assert (tables["massive"]["n_dimensions"] == 0).all()
     assert (tables["sinks"]["sinks"] == 0).all()
     assert (tables["norms"]["above"] < 0.15).all()  # with 16 tokens at most 3 can lie 2 sd above their mean
@@ -419,7 +479,7 @@ def test_causal_targets_replace_the_outliers_and_nothing_else(llava: VLM, image:
         else:
             assert np.array_equal(changed.numpy(), wanted)
         torch.testing.assert_close(new[changed], mean.expand(12, -1))
-    assert len(random.controls) == 5
+    assert len(random.controls) == 19
     for edits in targets[name, "as many others, of named objects first"].controls:
         with llava.trace(sites.resid_pre(layers=0, positions="image")) as after:
             llava.forward(batch, edits=edits(batch))

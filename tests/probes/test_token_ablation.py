@@ -124,37 +124,67 @@ def test_equal_to_a_forward_pass_from_replaced_embeddings(llava: VLM, image: Any
         assert effects["set", role] == pytest.approx(np.mean([float(one[token]) for one in change]), rel=1e-3, abs=1e-5)
 
 
-def test_gradients_are_those_of_autograd(llava: VLM, image: Any) -> None:
-    """The tokens chosen are those of the largest gradient x (input - mean), from autograd over embeddings."""
-    batch = caption(llava, image, 1)
-    probe = TokenAblation(sets=["gradient"], n_random=1, n_shifted=0, n_resamples=20)
-    llava.measure(probe, batch, [table()])
-    features = llava.model.model.get_image_features(batch.extra["pixel_values"])
-    tokens = getattr(features, "pooler_output", features)[0].detach().clone().requires_grad_()
-    embedded = llava.model.model.get_input_embeddings()(batch.input_ids).detach().clone()
-    embedded[0, batch.image_mask[0]] = tokens
-    logits = llava.model(inputs_embeds=embedded).logits[0]
-    logits[-4].log_softmax(dim=-1)[6].backward()
-    llava.model.zero_grad()
-    assert tokens.grad is not None
-    score = (tokens.grad * (tokens - tokens.mean(dim=0))).sum(dim=-1)
-    top = score.topk(2).indices.tolist()  # as many as the object has
-    change = scores(llava, batch, 0, top, None) - scores(llava, batch, 0, [], None)
-    effects = probe.result().tables["effects"].set_index(["ablated", "role"])["change"]
-    assert effects["set", "named object"] == pytest.approx(float(change[0]), rel=1e-3, abs=1e-5)
+@pytest.mark.parametrize("replacement", ["mean", "zero"])
+def test_integrated_gradients_are_those_of_autograd(llava: VLM, image: Any, replacement: str) -> None:
+    """The tokens chosen, the sum and what it should be, from autograd over embeddings along the line, row by row."""
+    batch, steps = caption(llava, image), 5
+    probe = TokenAblation(
+        sets=["integrated gradients"], n_random=1, n_shifted=0, n_resamples=20, n_steps=steps,
+        replacement=replacement,  # type: ignore[arg-type]
+    )  # fmt: skip
+    llava.measure(probe, batch, [table(), table()])
+    changes, sums, costs = [], [], []
+    for row in range(2):
+        features = llava.model.model.get_image_features(batch.extra["pixel_values"][row : row + 1])
+        tokens = getattr(features, "pooler_output", features)[0].detach()
+        base = tokens.mean(dim=0) if replacement == "mean" else torch.zeros(32)
+        ids = batch.input_ids[row][batch.real_mask[row]][None]
+        embedded = llava.model.model.get_input_embeddings()(ids).detach()
+        where, slope = batch.image_mask[row][batch.real_mask[row]], torch.zeros_like(tokens)
+        for step in range(steps):
+            point = (base + (step + 0.5) / steps * (tokens - base)).requires_grad_()
+            inputs = embedded.clone()
+            inputs[0, where] = point
+            score = llava.model(inputs_embeds=inputs).logits[0, -4].log_softmax(dim=-1)[6]
+            slope += torch.autograd.grad(score, point)[0] / steps
+        attributed = (slope * (tokens - base)).sum(dim=-1)
+        top, value = attributed.topk(2).indices.tolist(), None if replacement == "mean" else base
+        plain = scores(llava, batch, row, [], value)
+        changes.append(scores(llava, batch, row, top, value) - plain)  # as many as the object has
+        sums.append(float(attributed.sum()))
+        costs.append(float((plain - scores(llava, batch, row, list(range(16)), value))[0]))
+    tables = probe.result().tables
+    effects = tables["effects"].set_index(["ablated", "role"])["change"]
+    expected = np.mean([float(one[0]) for one in changes])
+    assert effects["set", "named object"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    complete = tables["completeness"].iloc[0]
+    assert complete["steps"] == steps
+    assert complete["attributed"] == pytest.approx(np.mean(sums), rel=1e-3, abs=1e-5)
+    assert complete["change"] == pytest.approx(np.mean(costs), rel=1e-3, abs=1e-5)
+
+
+def test_integrated_gradients_are_complete_with_many_steps(llava: VLM, image: Any) -> None:
+    """What they attribute nears what replacing all image tokens costs; the midpoint rule's error falls as 1 / steps^2."""
+    errors = []
+    for steps in (2, 16):
+        probe = TokenAblation(sets=["integrated gradients"], n_random=1, n_shifted=0, n_resamples=20, n_steps=steps)
+        llava.measure(probe, caption(llava, image), [table(), table()])
+        errors.append(float(probe.result().tables["completeness"]["relative_error"].iloc[0]))
+    assert errors[0] > 1e-3  # two steps are too few, so that there is something to improve
+    assert errors[1] < errors[0] / 20  # 1 / 64 where the error is as its leading term
 
 
 def test_outlier_sets_are_those_of_the_encoder(llava: VLM, image: Any) -> None:
     """The sets of the probe, seen in its runs: inputs that differ from the unchanged ones."""
     batch = caption(llava, image, 1)
-    probe = TokenAblation(sets=["encoder", "norm"], top_k=3, n_sd=1.0, n_random=1, n_shifted=0, n_resamples=20)
+    probe = TokenAblation(sets=["encoder", "register"], top_k=3, n_sd=1.0, n_random=1, n_shifted=0, n_resamples=20)
     with llava.trace(sites.vision_attention(layers=1, reduce_heads="mean"), sites.vision_resid_post(layers=1)) as trace:
         llava.forward(batch)
     attended = trace["vision_attention"][1][0, 0]
     norms = trace["vision_resid_post"][1][0, 1:].norm(dim=-1)
     chosen = {
         "encoder": attended.topk(3).indices.tolist(),
-        "norm": (norms > norms.mean() + norms.std(correction=0)).nonzero()[:, 0].tolist(),
+        "register": (norms > norms.mean() + norms.std(correction=0)).nonzero()[:, 0].tolist(),
     }
     llava.measure(probe, batch, [table()])
     tables = probe.result().tables
@@ -162,7 +192,7 @@ def test_outlier_sets_are_those_of_the_encoder(llava: VLM, image: Any) -> None:
     for name, tokens in chosen.items():
         change = scores(llava, batch, 0, tokens, None) - scores(llava, batch, 0, [], None)
         assert effects[name, "set", "other words"] == pytest.approx(float(change[2]), rel=1e-3, abs=1e-5)
-    assert tables["sets"]["tokens"].tolist() == [3, len(chosen["norm"])]
+    assert tables["sets"]["tokens"].tolist() == [3, len(chosen["register"])]
 
 
 def test_the_mean_image_token_of_a_data_set(llava: VLM, image: Any) -> None:
@@ -200,7 +230,7 @@ def test_a_model_that_cannot_see_shows_no_effect(llava: VLM, image: Any) -> None
 
 def test_the_embedded_model_needs_the_patches_of_the_object_that_it_names(organism: VLM) -> None:
     """Its images are known: without the object's patches its word loses nats, without as many others it does not."""
-    data = sl.load_dataset("emoji_scenes/captions").take(12)
+    data = sl.load_dataset("emoji_scenes/captions").take(8)
     assert data.truth is not None
     assert data.synonyms is not None
     batch = organism.encode(
@@ -208,16 +238,17 @@ def test_the_embedded_model_needs_the_patches_of_the_object_that_it_names(organi
         [one.prompt for one in data.items],
         ids=[one.id for one in data.items],
     )
-    said = organism.generate(batch, max_new_tokens=30)
+    said = organism.generate(batch, max_new_tokens=24)
     labels = [
         token_labels(text, spans, item.image_id, data.truth, data.synonyms)
         for text, spans, item in zip(said.texts, said.spans, data.items, strict=True)
     ]
-    probe = TokenAblation(sets=["object", "gradient"], n_random=1, n_shifted=1, n_resamples=500)
+    probe = TokenAblation(sets=["object", "integrated gradients"], n_random=1, n_shifted=1, n_resamples=500)
     organism.measure(probe, said.teacher_forced(), labels)
+    assert probe.result().tables["completeness"]["relative_error"].iloc[0] < 0.1
     effects = probe.result().tables["effects"].set_index(["set", "ablated", "role"])
     contrasts = probe.result().tables["contrasts"].set_index(["set", "control", "role"])
-    for name in ("object", "gradient"):
+    for name in ("object", "integrated gradients"):
         assert effects.loc[(name, "set", "named object"), "high"] < -1
         assert abs(effects.loc[(name, "random", "named object"), "change"]) < 0.5
         for control in ("random", "shifted"):
@@ -241,6 +272,12 @@ def test_answers_are_told_apart_by_their_truth(llava: VLM, image: Any) -> None:
     assert ("object", "answer, object not in the image") not in counts  # there is nothing to ablate
     assert counts["encoder", "answer, object not in the image"] == 1
     assert tables["sets"].set_index("set")["n_items"].to_dict() == {"object": 1, "encoder": 2}
+
+
+def test_rows_of_one_image_are_one_image(llava: VLM, image: Any) -> None:
+    probe = TokenAblation(sets=["encoder"], n_random=1, n_shifted=0, n_resamples=20, top_k=2)
+    llava.measure(probe, caption(llava, image).grouped(["same", "same"]), [table(), table()])
+    assert probe.result().tables["contrasts"][["low", "high"]].isna().all().all()  # no interval from one image
 
 
 def test_flips_are_counted(llava: VLM, image: Any) -> None:
@@ -268,12 +305,13 @@ def test_flips_are_counted(llava: VLM, image: Any) -> None:
     [
         ({"sets": ["objects"]}, UnknownNameError, "object"),
         ({"sets": []}, InputError, "once"),
-        ({"sets": ["norm", "norm"]}, InputError, "once"),
+        ({"sets": ["register", "register"]}, InputError, "once"),
         ({"replacement": "noise"}, UnknownNameError, "zero"),
         ({"replacement": "given"}, InputError, "go together"),
         ({"vector": [0.0] * 32}, InputError, "go together"),
         ({"replacement": "given", "vector": [0.0]}, InputError, "32 numbers"),
         ({"n_random": 0}, InputError, "n_random"),
+        ({"n_steps": 0}, InputError, "n_steps"),
     ],
 )
 def test_parameters_are_checked_before_anything_runs(
