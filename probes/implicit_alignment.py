@@ -39,7 +39,7 @@ from probes.alignment_vocabulary import Lens, read_vocabulary, token_texts
 from slitlamp.errors import InputError
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import CausalTarget, GatheringProbe, Probe, ProbeResult, Site, Trace, sites
-from slitlamp.tracing.probe import Array, Labels, Part
+from slitlamp.tracing.probe import N_DRAWS, Array, Labels, Part
 
 TAPS: Final = ("ln1", "attn_out", "resid_mid", "ln2", "mlp_post", "mlp_out", "resid_post")
 
@@ -105,7 +105,7 @@ class ImplicitAlignment(GatheringProbe):
     embedding: Embedding = "tsne"
     embedding_layers: Sequence[int] | None = None
     embedding_tokens: int = 200
-    n_draws: int = 5
+    n_draws: int = N_DRAWS
     seed: int = 0
     n_resamples: int = 2000
     _gathered: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -181,7 +181,7 @@ def cross_validated(
     if kinds.shape != label.shape:
         raise InputError(f"types are [sample] like the labels: found {kinds.shape} for {label.shape}")
     drawn = [_redrawn(lambda: _control(label, kinds, rng), train, "control labeling") for _ in range(controls)]
-    drawn += [_redrawn(lambda: _permuted(label, group, rng), train, "permutation") for _ in range(permutations)]
+    drawn += [_redrawn(lambda: permuted(label, group, rng), train, "permutation") for _ in range(permutations)]
     targets = torch.from_numpy(np.stack([label, *drawn]))
     fits = []
     for states in _layers(layer_states, n_layers):
@@ -228,7 +228,7 @@ def _control(label: NDArray[np.bool_], kinds: NDArray[Any], rng: np.random.Gener
     return drawn
 
 
-def _permuted(label: NDArray[np.bool_], group: NDArray[Any], rng: np.random.Generator) -> NDArray[np.bool_]:
+def permuted(label: NDArray[np.bool_], group: NDArray[Any], rng: np.random.Generator) -> NDArray[np.bool_]:
     """The label sequences of the groups in random order, laid over the samples group by group."""
     index = np.unique(group, return_inverse=True)[1]
     order = np.argsort(index, kind="stable")

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from probes.direction_targets import direction_targets
 from probes.labelled_states import classes, gathered_rows, state_site
 from probes.linear_fits import DEFAULT_STRENGTHS, METHODS, CrossValidated, cross_validated
 from slitlamp.decoding.edits import remove_direction
@@ -19,8 +20,6 @@ from slitlamp.evaluation.statistics import benjamini_hochberg
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import CausalTarget, GatheringProbe, ProbeResult, Site, Trace
 from slitlamp.tracing.probe import Array, EditsOf, Labels
-
-N_RANDOM = 5
 
 
 @dataclass
@@ -158,7 +157,7 @@ class LinearProbe(GatheringProbe):
         )
 
     def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
-        """The direction of the best layer of the first class taken out of the residual stream, against random directions."""
+        """The direction of the best layer of the first class taken out of the residual stream; see `direction_targets`."""
         if self.site != "resid_post" or self.method == "mlp":
             return []
         value, group = self._get("value"), self._get("group")
@@ -166,20 +165,19 @@ class LinearProbe(GatheringProbe):
         fit, _ = self._fit(value == one)
         place = int(fit.auroc.argmax())
         layer = int(self._get("layer")[place])
-        generator = torch.Generator().manual_seed(self.seed)
-        direction = fit.directions[place].float()
 
         def without(removed: torch.Tensor) -> EditsOf:
             return lambda batch: remove_direction([layer], removed)
 
-        return [
-            CausalTarget(
-                f"the direction of {one!r} taken out after block {layer}",
-                without(direction),
-                tuple(without(torch.randn(len(direction), generator=generator)) for _ in range(N_RANDOM)),
-                "random directions taken out of the same block",
-            )
-        ]
+        return direction_targets(
+            f"the direction of {one!r} taken out after block {layer}",
+            fit.directions[place].float(),
+            without,
+            states=torch.from_numpy(self._get("state")[:, place]),
+            positive=value == one,
+            group=group,
+            seed=self.seed,
+        )
 
 
 def _summary(layers: pd.DataFrame, site: str, position: str) -> str:

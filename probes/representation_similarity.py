@@ -63,6 +63,7 @@ class RepresentationSimilarity(GatheringProbe):
         ):
             for one in values:
                 if one not in known:
+    no_target: ClassVar[str] = "how alike two layers arrange a set of items is a property of the set, not a place in the model."
                     raise unknown(what, one, known)
         if not self.measures or self.k < 1 or not 0 < self.share <= 1 or self.n_permutations < 0 or self.n_parts < 2:
             raise InputError("needs a measure, k from 1, share in (0, 1], n_permutations from 0 and n_parts from 2")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from probes.direction_targets import direction_targets
 from probes.labelled_states import classes, gathered_rows, state_site
 from probes.linear_fits import auroc, fit_logistic, grouped_folds
 from slitlamp.decoding.edits import add_direction, remove_direction
@@ -23,7 +24,7 @@ from slitlamp.tracing import CausalTarget, GatheringProbe, ProbeResult, Site, Tr
 from slitlamp.tracing.probe import Array, EditsOf, Labels
 
 METHODS = ("difference_of_means", "paired_component", "logistic")
-N_RANDOM = 5
+_N_RANDOM = 20
 
 
 def difference(positive: Tensor, negative: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ class SteeringVectors(GatheringProbe):
                     # of one length and from half way between the means, so that folds can be compared
                     score[test.numpy()] = ((x[test] - centre) @ torch.nn.functional.normalize(one, dim=0)).numpy()
                 area = auroc_interval(score, positive, group, n_resamples=self.n_resamples, seed=self.seed)
-                random = torch.randn(N_RANDOM * 4, x.shape[1], generator=generator)
+                random = torch.randn(_N_RANDOM, x.shape[1], generator=generator)
                 chance = np.abs(auroc((random @ x.T).numpy(), positive) - 0.5).mean() + 0.5
                 rows.append(
                     {
@@ -182,13 +183,12 @@ class SteeringVectors(GatheringProbe):
         return ProbeResult(self.name, tables, text)
 
     def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
-        """The first method's direction at its best layer: added, and taken out, against random ones of equal length."""
+        """The first method's direction at its best layer: added, and taken out; see `direction_targets`."""
         layers = self.result().tables["layers"]
         mine = layers[layers["method"] == self.methods[0]].reset_index(drop=True)
         place = int(mine["auroc"].idxmax())
         layer, vector = int(mine["layer"][place]), self.vectors()[self.methods[0]][place]
-        generator = torch.Generator().manual_seed(self.seed)
-        randoms = [torch.randn(len(vector), generator=generator) for _ in range(N_RANDOM)]
+        states, (name, positive) = torch.from_numpy(self._get("state")[:, place]), self._sides()
 
         def added(direction: Tensor) -> EditsOf:
             return lambda batch: add_direction(layer, direction, self.scale)
@@ -197,11 +197,12 @@ class SteeringVectors(GatheringProbe):
             return lambda batch: remove_direction([layer], direction)
 
         return [
-            CausalTarget(
-                f"the direction of {mine['positive'][place]} {what} block {layer}",
-                edit(vector), tuple(edit(one) for one in randoms), "random directions of equal length",
-            )
+            target
             for what, edit in ((f"added ({self.scale:g} of the norm) after", added), ("taken out after", removed))
+            for target in direction_targets(
+                f"the direction of {name} {what} block {layer}", vector, edit,
+                states=states, positive=positive, group=self._get("group"), seed=self.seed,
+            )
         ]  # fmt: skip
 
 

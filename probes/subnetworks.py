@@ -63,6 +63,10 @@ class Subnetworks(GatheringProbe):
     _gathered: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "subnetworks"
+    no_target: ClassVar[str] = (
+        "the finding is a set of weights, not a place among the states: run the model with these weights alone as a condition "
+        "(interventions.SubnetMask), whose controls keep as many weights, the largest or random ones."
+    )
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         """The inputs of the blocks' linear maps, at image tokens and at text tokens."""

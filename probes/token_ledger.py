@@ -8,15 +8,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+import torch
 
-from probes.ledger_combination import combination_table, out_of_fold
+from probes.direction_targets import direction_targets
+from probes.ledger_combination import combination_table, out_of_fold, probe_fits
 from probes.ledger_ranking import FALSE, TRUE, Detection, agreement_table, ranking_table, redundancy_table
 from probes.ledger_readings import Need, Readings, Settings, checked_layer, sites_for, views_for
 from probes.ledger_signals import Signal, chosen_signals, signal_table
+from slitlamp.decoding.edits import remove_direction
 from slitlamp.errors import InputError
 from slitlamp.models import Anatomy, Batch
-from slitlamp.tracing import GatheringProbe, Probe, ProbeResult, Site, Trace, View
-from slitlamp.tracing.probe import Labels, Part
+from slitlamp.tracing import CausalTarget, GatheringProbe, Probe, ProbeResult, Site, Trace, View
+from slitlamp.tracing.probe import EditsOf, Labels, Part
 
 
 @dataclass
@@ -154,6 +157,29 @@ class TokenLedger(GatheringProbe):
                 self._get("state"), false, columns["image"], n_folds=self.n_folds, seed=self.seed
             )
         return ledger
+
+    def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
+        """The direction of the truthful score, the one signal that is read off a fixed place: taken out of its layer.
+
+        Of the other signals those of heads, tokens and layers are checked by the probes they come from (`HeadDivergence`,
+        `ClsOutliers`, `AttentionKnockout`, `LogitLens`); certainty and the baselines are no places.
+        """
+        if not self._has("state"):
+            return []
+        false, image = np.isin(self._get("label"), FALSE), self._get("image")
+        states = torch.from_numpy(self._get("state")).float()
+        fits = probe_fits(self._get("state"), false, image, n_folds=self.n_folds, seed=self.seed)
+        if fits is None:
+            return []
+        layer = checked_layer(self.truth_layer, anatomy.n_layers // 2, anatomy.n_layers, "truth_layer")
+
+        def removed(direction: torch.Tensor) -> EditsOf:
+            return lambda batch: remove_direction([layer], direction)
+
+        return direction_targets(
+            f"the direction of the ledger's truthful score taken out after block {layer}", fits.directions[0].float(), removed,
+            states=states, positive=false, group=image, seed=self.seed,
+        )  # fmt: skip
 
     @classmethod
     def compare(cls, parts: Mapping[Part, Probe], scores: pd.DataFrame | None = None) -> ProbeResult | None:

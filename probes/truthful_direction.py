@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from probes.direction_targets import direction_targets
 from probes.linear_fits import DEFAULT_STRENGTHS, MlpOptions
 from probes.truthful_fits import METHODS, LayerFits, Options, fit_layers
 from probes.truthful_gather import ANSWERS, COLUMNS, INPUT_LAYER, mention_rows, named_tokens
@@ -25,8 +26,6 @@ from slitlamp.evaluation.statistics import Interval
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import CausalTarget, Edit, GatheringProbe, Part, Probe, ProbeResult, Site, Trace, sites
 from slitlamp.tracing.probe import Array, EditsOf, Labels
-
-N_RANDOM = 5
 
 
 @dataclass
@@ -292,26 +291,31 @@ class TruthfulDirection(GatheringProbe):
         )  # fmt: skip
 
     def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
-        """At the best layer the direction taken out, and a step against it (towards truth), with random directions."""
-        found: list[CausalTarget] = []
-        for method in ("logistic", "difference_of_means"):
-            if method not in self.methods:
-                continue
-            try:
-                layer = self.best_layer(method)
-            except InputError:
-                continue
-            direction, _ = self.direction(layer, method)
-            generator = torch.Generator().manual_seed(self.seed)
-            random = [torch.randn(len(direction), generator=generator) for _ in range(N_RANDOM)]
-            what = f"the direction of layer {layer} ({method.replace('_', ' ')})"
-            other = f"random directions of layer {layer}, equally long"
-            for name, edit in (
+        """The first linear method's direction at its best layer: taken out, and a step against it (towards truth); see
+        `direction_targets`.
+        """
+        linear = [one for one in self.methods if one != "mlp"]
+        if not linear:
+            return []
+        layer, mentions = self.best_layer(linear[0]), self.mentions()
+        if layer < 0:
+            raise InputError("only the model's input was probed, after which there is no block: choose layers from 0")
+        return [
+            target
+            for what, edit in (
                 ("taken out", _remove(layer)),
-                ("followed towards truth", _step(layer, self.causal_scale)),
-            ):
-                found.append(CausalTarget(f"{what} {name}", edit(direction), tuple(map(edit, random)), other))
-        return found
+                (f"followed towards truth ({self.causal_scale:g} of the norm)", _step(layer, self.causal_scale)),
+            )
+            for target in direction_targets(
+                f"the direction of layer {layer} ({linear[0].replace('_', ' ')}) {what}",
+                self.direction(layer, linear[0])[0],
+                edit,
+                states=self.states(layer),
+                positive=mentions["hallucinated"].to_numpy(dtype=bool),
+                group=mentions["group"].to_numpy(dtype=str),
+                seed=self.seed,
+            )
+        ]
 
     @classmethod
     def compare(cls, parts: Mapping[Part, Probe], scores: pd.DataFrame | None = None) -> ProbeResult | None:

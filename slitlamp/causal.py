@@ -3,6 +3,10 @@
 A probe's finding is a correlate until something changes when the place it points at is changed, and changes more than when
 another place of the same kind and size is changed. What is measured is the distribution of the next token, given the same
 text, at the tokens that name objects (or at the answers, or at every generated token where there are no labels).
+
+Two things are asked, for which one interval cannot answer. Is the difference more than these images happen to show? An
+interval over images says it. Is the target more than places like it? That is a matter of the places: of n random ones and the
+target, were it one of them, the target would be the largest once in n + 1 times, which is the p value.
 """
 
 from __future__ import annotations
@@ -61,16 +65,21 @@ def causal_check(
     Args:
         vlm: the model that was measured; interventions in force stay in force.
         targets: of `probe.causal_targets(vlm.anatomy)`.
-        batches: (teacher-forced batch, labels) pairs, for example of `Generation.teacher_forced()`.
+        batches: (teacher-forced batch, labels) pairs, for example of `Generation.teacher_forced()`; of other images than those
+            on which the targets were chosen, since a target that was chosen for its effect is smaller on others.
         n_resamples, level, seed: of the bootstrap over the groups of the batches (images).
 
     Returns:
         One row per target and outcome (see `OUTCOMES`): target, control (what the random targets are), outcome, effect,
         low, high, control_effect, control_low, control_high (the mean over draws), difference, difference_low,
         difference_high (target minus controls, paired), ratio, ratio_low, ratio_high (KL only), draws_exceeded (how many of
-        the n_draws random targets have the smaller effect, in size), n_groups, n_tokens, and finding: "more than random",
-        "less than random" or "not told from random". More than random means that the interval of the ratio (of the
-        difference, for the signed outcomes) excludes equality and that every draw is exceeded.
+        the n_draws random targets have the smaller effect, in size), p ((1 + draws with as large an effect) / (1 + n_draws);
+        of each row by itself), n_groups, n_tokens, and finding:
+
+        - "more than random": the interval of the ratio (of the difference, for the signed outcomes) excludes equality, and p
+          is at most 1 - level. Of targets that are random themselves no more than 1 - level are called so.
+        - "more than every control": the same with fewer draws than could give such a p (there may be no more layers).
+        - "less than random", "less than every control": the reverse. "Not told from random": all else.
 
     Raises:
         InputError: no target, a target without controls, or no token to look at.
@@ -184,10 +193,11 @@ def _table(target: CausalTarget, sums: _Sums, draws: _Sums, options: dict[str, f
                 **_columns("ratio", share, bare=False),
                 "draws_exceeded": exceeded,
                 "n_draws": len(draws),
+                "p": (1 + len(draws) - exceeded) / (1 + len(draws)),
                 "n_groups": len(sums),
                 "n_tokens": int(sums[:, 0].sum()),
                 "finding": _finding(
-                    share if outcome == "kl" else difference, outcome, own[place], exceeded, len(draws)
+                    share if outcome == "kl" else difference, outcome, np.abs(own[place]), np.abs(each[:, place])
                 ),
             }
         )
@@ -205,19 +215,25 @@ def _columns(name: str, one: Interval, bare: bool | None = None) -> dict[str, fl
     return {value: one.value, f"{prefix}low": one.low, f"{prefix}high": one.high}
 
 
-def _finding(one: Interval, outcome: str, effect: float, exceeded: int, n_draws: int) -> str:
+def _finding(one: Interval, outcome: str, effect: float, draws: NDArray[np.float64]) -> str:
+    """From the interval of the ratio (KL) or difference, and the sizes of the effects of the target and of its draws."""
     equal = 1.0 if outcome == "kl" else 0.0
-    above, below = one.low > equal, one.high < equal
-    stronger = above if outcome == "kl" else (above and effect > 0) or (below and effect < 0)
-    if stronger and exceeded == n_draws:
-        return "more than random"
-    if (below if outcome == "kl" else (above or below) and not stronger) and exceeded == 0:
-        return "less than random"
+    if one.low <= equal <= one.high or np.isnan(one.low):
+        return "not told from random"
+    enough = 1 / (1 + len(draws)) <= 1 - one.level + 1e-9
+    against = "random" if enough else "every control"
+    # differences of signed outcomes may lie on either side; the sizes say which of the two is larger
+    n_as_large, n_as_small = (draws >= effect).sum(), (draws <= effect).sum()
+    allowed = (1 - one.level + 1e-9) * (1 + len(draws)) if enough else 1
+    if 1 + n_as_large <= allowed:
+        return f"more than {against}"
+    if 1 + n_as_small <= allowed:
+        return f"less than {against}"
     return "not told from random"
 
 
 def causal_sentences(table: pd.DataFrame) -> list[str]:
-    """What a table of `causal_check` says, a sentence for each target: how much more than random it changes."""
+    """What a table of `causal_check` says: for each target how much more than random it changes, and where it was chosen."""
     lines = []
     for row in table[table["outcome"] == "kl"].to_dict("records"):
         name = str(row["target"])
@@ -225,6 +241,9 @@ def causal_sentences(table: pd.DataFrame) -> list[str]:
         lines.append(
             f"{name[:1].upper()}{name[1:]}: the next token changes by {row['effect']:.3f} nats [{row['low']:.3f}, "
             f"{row['high']:.3f}]; for {row['control']}, by {row['control_effect']:.3f}. That is {times} [{row['ratio_low']:.1f}, "
-            f"{row['ratio_high']:.1f}], {row['finding']} ({int(row['draws_exceeded'])} of {int(row['n_draws'])} draws exceeded)."
+            f"{row['ratio_high']:.1f}], {row['finding']} ({int(row['draws_exceeded'])} of {int(row['n_draws'])} draws exceeded, "
+            f"p {row['p']:.2f})."
         )
+    if "chosen_on" in table and len(table):
+        lines.append(f"Targets were chosen on {table['chosen_on'].iloc[0]}.")
     return lines

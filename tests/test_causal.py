@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
-from slitlamp.causal import causal_check
+from slitlamp.causal import _table, causal_check, causal_sentences
 from slitlamp.decoding.edits import add_direction, remove_direction, replace_tokens, scale_heads, set_heads, skip_block
 from slitlamp.errors import InputError
 from slitlamp.models import Batch
@@ -69,7 +70,8 @@ def test_effects_equal_those_of_plain_forward_passes(llava: VLM, batch: Batch) -
 def test_a_target_that_does_something_beats_controls_that_do_nothing(llava: VLM, batch: Batch) -> None:
     found = check(llava, batch, lambda _: skip_block(1), nothing, nothing)
     assert found.loc["kl", "ratio"] == np.inf
-    assert found.loc["kl", "finding"] == "more than random"
+    assert found.loc["kl", "finding"] == "more than every control"  # two draws cannot give p .05
+    assert found.loc["kl", "p"] == pytest.approx(1 / 3)
     assert found.loc["kl", "draws_exceeded"] == 2
     assert list(found.index) == ["kl"]  # without labels no token is true or false
     assert found.loc["kl", "n_tokens"] == 8
@@ -78,13 +80,48 @@ def test_a_target_that_does_something_beats_controls_that_do_nothing(llava: VLM,
 def test_a_target_that_does_nothing_does_less_than_random(llava: VLM, batch: Batch) -> None:
     found = check(llava, batch, nothing, heads((0, 0), (1, 1)), heads((2, 1)))
     assert found.loc["kl", "effect"] == 0
-    assert found.loc["kl", "finding"] == "less than random"
+    assert found.loc["kl", "finding"] == "less than every control"
 
 
 def test_a_target_like_its_controls_is_not_told_from_them(llava: VLM, batch: Batch) -> None:
     found = check(llava, batch, heads((1, 2)), heads((1, 2)), heads((1, 2)), labels=tables())
     assert found.loc["kl", "ratio"] == pytest.approx(1.0)
     assert set(found["finding"]) == {"not told from random"}
+
+
+def simulated(seed: int, effect: float, n_draws: int = 19) -> pd.DataFrame:
+    """40 images of 5 tokens: what a place changes differs between places (by half, in the log) and between images."""
+    rng = np.random.default_rng(seed)
+    own = rng.normal(size=1 + n_draws) * 0.5
+    own[0] += effect
+    sums = np.zeros((1 + n_draws, 40, 6))
+    sums[..., 0] = 5
+    sums[..., 1] = 5 * np.exp(own[:, None] + 0.3 * rng.normal(size=(1 + n_draws, 40)))
+    target = CausalTarget("t", nothing, (nothing,) * n_draws, "c")
+    return _table(target, sums[0], sums[1:], {"n_resamples": 200, "level": 0.95, "seed": seed}).set_index("outcome")
+
+
+def test_a_random_target_is_called_more_than_random_as_often_as_stated() -> None:
+    """400 targets that are one of their own controls: at most 5 %, and not never; within binomial limits of 99.9 %.
+
+    An interval over images alone would call about four in ten of them so: it knows nothing of how places differ.
+    """
+    found = [simulated(seed, 0.0).loc["kl"] for seed in range(400)]
+    more = sum(one["finding"] == "more than random" for one in found)
+    less = sum(one["finding"] == "less than random" for one in found)
+    low, high = stats.binom.ppf([0.001, 0.999], 400, 0.05)
+    assert low <= more <= high
+    assert low <= less <= high
+    assert sum(one["ratio_low"] > 1 for one in found) > 3 * high
+
+
+def test_a_target_that_stands_out_is_found() -> None:
+    found = simulated(0, 3.0).loc["kl"]
+    assert found["finding"] == "more than random"
+    assert found["p"] == pytest.approx(0.05)
+    assert "19 of 19 draws exceeded, p 0.05" in causal_sentences(simulated(0, 3.0).reset_index())[0]
+    assert simulated(0, -3.0).loc["kl", "finding"] == "less than random"
+    assert simulated(0, 3.0, n_draws=4).loc["kl", "finding"] == "more than every control"
 
 
 def test_questions_on_one_image_are_one_unit(llava: VLM, batch: Batch) -> None:

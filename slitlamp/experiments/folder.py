@@ -196,7 +196,18 @@ class RunFolder:
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """Write tables/<name>.parquet."""
-        storage.write_table(self.path / TABLES / f"{name}.parquet", frame)
+        storage.write_table(self._table_path(name), frame)
+
+    def has_table(self, name: str) -> bool:
+        """Whether tables/<name>.parquet is there."""
+        return self._table_path(name).exists()
+
+    def read_table(self, name: str) -> pd.DataFrame:
+        """Read tables/<name>.parquet."""
+        return storage.read_table(self._table_path(name))
+
+    def _table_path(self, name: str) -> Path:
+        return self.path / TABLES / f"{name}.parquet"
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ from slitlamp.reports.wording import count
 OUTCOMES: Final = {
     "kl": ("next token changed", "KL (nats)"),
     "true_logprob": ("true objects, right answers", "change of log p (nats)"),
-    "false_logprob": ("hallucinated objects, wrong answers", "change of log p (nats)"),
+    "false_logprob": ("hallucinated, wrong answers", "change of log p (nats)"),
     "gap": ("true minus false", "change of log p (nats)"),
 }
 
@@ -84,7 +84,7 @@ def _caption(tables: Tables) -> str:
     return (
         "What intervening on the finding does to the next token, given the same text, at "
         f"{count(n_tokens, 'token')} of {count(n_images, 'image')}, with bootstrap intervals by image. Beside it the mean of "
-        f"{int(table['n_draws'].max())} random draws: {controls}. Above zero on the right means more likely."
+        f"{count(int(table['n_draws'].max()), 'random draw')} at most: {controls}. Above zero, the tokens become more likely."
     )
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,9 @@ it is: a list of (left, top, right, bottom) in shares of the image).
 
 EditsOf = Callable[[Batch], Sequence[AnyEdit]]
 """From a batch to the edits of a run on it."""
+
+N_DRAWS: Final = 19
+"""Random targets of a causal check, where there are so many: a target like them is the largest of 20 one time in 20."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,10 @@ class Probe(ABC):
     """
 
     name: ClassVar[str]
+    no_target: ClassVar[str] = ""
+    """Why what this kind of probe finds is no place that could be intervened on; empty where `causal_targets` are given."""
+    targets_of: ClassVar[Literal["model", "items"]] = "model"
+    """Whether `causal_targets` hold for any item, or are places in the measured items themselves (some image tokens)."""
 
     @abstractmethod
     def sites(self, anatomy: Anatomy) -> list[Site]:
@@ -170,7 +177,8 @@ class Probe(ABC):
     def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
         """What the finding points at, to be intervened on against matched random targets (see `slitlamp.causal`).
 
-        Called after everything was taken in. None for a probe whose finding is not a place in the model.
+        Called after everything was taken in, on other items than those that are intervened on (but see `targets_of`). None
+        where nothing is pointed at on these items; a probe whose finding is never a place says so in `no_target`.
         """
         return []
 

@@ -15,6 +15,7 @@ from probes.labelled_states import classes, samples
 from slitlamp.errors import InputError, UnknownNameError
 from slitlamp.reports.style import NARROW
 from slitlamp.tracing import sites
+from slitlamp.tracing.probe import N_DRAWS
 from slitlamp.vlm import VLM
 
 TABLE = pd.DataFrame(
@@ -113,7 +114,7 @@ def test_a_planted_direction_is_found_where_it_is(target: str) -> None:
     assert len(tables["controls"]) == 2 * (5 + 19)
     target_edit = probe.causal_targets(None)[0]  # type: ignore[arg-type]
     assert "block 7" in target_edit.name
-    assert len(target_edit.controls) == 5
+    assert len(target_edit.controls) == N_DRAWS
 
 
 def test_the_interval_holds_the_auroc_of_such_probes() -> None:

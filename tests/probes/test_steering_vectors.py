@@ -14,6 +14,7 @@ from probes import SteeringVectors
 from probes.steering_vectors import difference, load_vectors, paired_component, steering_vector
 from slitlamp.errors import InputError, UnknownNameError
 from slitlamp.reports.style import NARROW
+from slitlamp.tracing.probe import N_DRAWS
 from slitlamp.vlm import VLM
 
 
@@ -95,7 +96,7 @@ def test_vectors_are_saved_and_read(tmp_path: Path) -> None:
 
 
 def test_causal_targets_add_and_remove_the_direction_at_its_best_layer() -> None:
-    added, removed = planted().causal_targets(None)  # type: ignore[arg-type]
+    added, _, removed, _ = planted().causal_targets(None)  # type: ignore[arg-type]
     assert "after block 4" in added.name
     states = torch.randn(1, 3, 8)
     vector = torch.nn.functional.normalize(planted().vectors()["difference_of_means"][1], dim=0)
@@ -107,7 +108,7 @@ def test_causal_targets_add_and_remove_the_direction_at_its_best_layer() -> None
         step = one(None)[0].function(states, None) - states  # type: ignore[arg-type, union-attr, call-arg]
         torch.testing.assert_close(step.norm(dim=-1), moved.norm(dim=-1))  # of equal length
         assert not torch.allclose(step, moved)
-    assert len(added.controls) == len(removed.controls) == 5
+    assert len(added.controls) == len(removed.controls) == N_DRAWS
 
 
 def test_unusable_parameters_are_refused(llava: VLM) -> None:

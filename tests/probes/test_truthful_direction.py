@@ -21,6 +21,7 @@ from slitlamp.errors import InputError, UnknownNameError
 from slitlamp.reports.style import NARROW, WIDE
 from slitlamp.reports.truthful_direction import FIGURES
 from slitlamp.tracing import Part
+from slitlamp.tracing.probe import N_DRAWS
 from slitlamp.vlm import VLM
 
 LINEAR = ["logistic", "difference_of_means"]
@@ -302,7 +303,8 @@ def test_one_kind_of_mention_gives_a_result_that_says_so() -> None:
     assert result.summary.startswith("Nothing was trained")
     assert result.tables["layers"]["auroc"].isna().all()
     assert all(len(one) for one in result.tables.values())
-    assert filled(states, np.zeros_like(label), group).causal_targets(None) == []  # type: ignore[arg-type]
+    with pytest.raises(InputError):
+        filled(states, np.zeros_like(label), group).causal_targets(None)  # type: ignore[arg-type]
 
 
 # -- PMC --------------------------------------------------------------------------------------------------------------
@@ -427,8 +429,8 @@ def test_causal_targets_move_along_the_direction_and_match_their_controls(llava:
     assert len(targets) == 4
     batch = llava.encode(images=[image(0)], prompts=["<image> what ?"])
     x = torch.randn(1, 5, llava.anatomy.d_model)
-    for target in targets[:2]:
-        assert len(target.controls) == 5
+    for target in targets:
+        assert len(target.controls) == N_DRAWS
         edits = [edits_of(batch) for edits_of in (target.target, *target.controls)]
         assert {(one.site, one.layer) for each in edits for one in each} == {("resid_post", 1)}
         steps = [each[0].function(x, None) - x for each in edits]  # type: ignore[arg-type]

@@ -127,7 +127,7 @@ def test_a_causal_check_is_drawn_and_said(make_run: Callable[..., Path]) -> None
                 **one, "outcome": outcome, "effect": 0.5, "low": 0.4, "high": 0.6, "control_effect": 0.1,
                 "control_low": 0.05, "control_high": 0.15, "difference": 0.4, "difference_low": 0.3, "difference_high": 0.5,
                 "ratio": 5.0, "ratio_low": 4.0, "ratio_high": 6.0, "draws_exceeded": 5, "n_draws": 5, "n_groups": 40,
-                "n_tokens": 160, "finding": "more than random",
+                "n_tokens": 160, "p": 1 / 6, "finding": "more than every control",
             }
             for outcome in OUTCOMES
         ]
@@ -135,6 +135,6 @@ def test_a_causal_check_is_drawn_and_said(make_run: Callable[..., Path]) -> None
     add_probe(run, "head_divergence", {"causal": table})
     page = write_report(run).read_text(encoding="utf-8")
     assert "Is it causal?" in page
-    assert "5.0 times [4.0, 6.0], more than random (5 of 5 draws exceeded)" in page
+    assert "5.0 times [4.0, 6.0], more than every control (5 of 5 draws exceeded, p 0.17)" in page
     drawn = figure(run, "head_divergence_causal")
     assert len(drawn.axes) == 4
