@@ -94,17 +94,12 @@ def combined_scores(
     scores = np.full(len(false), np.nan)
     for test in folds.test.numpy():
         train, x = ~test, columns
-        fits = (
-            None
-            if states is None
-            else probe_fits(states[train], false[train], groups[train], n_folds=n_folds, seed=seed)
-        )
-        if (
-            states is not None and fits is not None
-        ):  # with too few images to cross-validate within it goes without the probe
-            probe = states.astype(np.float64) @ fits.directions[0].numpy() + float(fits.intercepts[0])
-            probe[train] = fits.scores[0].numpy()
-            x = np.column_stack([columns, probe])
+        if states is not None:
+            fits = probe_fits(states[train], false[train], groups[train], n_folds=n_folds, seed=seed)
+            if fits is not None:  # else too few images to cross-validate within: it goes without the probe
+                probe = states.astype(np.float64) @ fits.directions[0].numpy() + float(fits.intercepts[0])
+                probe[train] = fits.scores[0].numpy()
+                x = np.column_stack([columns, probe])
         fit = fit_logistic(
             torch.tensor(x, dtype=torch.float64), torch.tensor(false), torch.tensor(train)[None], strengths=[1.0]
         )

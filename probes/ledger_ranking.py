@@ -22,6 +22,7 @@ TRUE: Final = ("object", "correct")
 CHANCE: Final = 0.5
 FALSE_DISCOVERIES: Final = 0.05
 """The share of false ones that is accepted among the signals called detectors."""
+TO_BEST: Final = ("to_best", "to_best_low", "to_best_high")
 COVARIATES: Final = ("position", "frequency")
 """Signals that the partial AUROC holds fixed."""
 
@@ -88,10 +89,12 @@ def ranking_table(ledger: pd.DataFrame, signals: Sequence[Signal], detection: De
     Columns: signal, title, family, sign; auroc, auprc, and tpr at fpr, each with low and high; partial, the AUROC at equal
     position and object frequency, with its interval (NaN for these two themselves); p, two-sided against chance, and q, by
     Benjamini and Hochberg over the signals; agrees: "yes" or "no", whether the data agree with the declared direction, where
-    q < .05, "open" where it is not, "" for a signal without a direction; chance of the AUROC; n_tokens, n_hallucinated,
-    n_images.
+    q < .05, "open" where it is not, "" for a signal without a direction; to_best, the AUROC minus the best signal's on the
+    same tokens, paired, with low and high (the best is chosen on these tokens, in its favour; NaN for itself, for the random
+    number, and where the signals are not known for the same tokens); chance of the AUROC; n_tokens, n_hallucinated, n_images.
     """
     rows = []
+    scores: dict[str, FloatArray] = {}
     everything = covariates_of(ledger)
     for signal in signals:
         values = ledger[signal.name].to_numpy(dtype=np.float64)
@@ -101,6 +104,7 @@ def ranking_table(ledger: pd.DataFrame, signals: Sequence[Signal], detection: De
         false = ledger["label"].isin(FALSE).to_numpy()[known]
         groups = ledger["image"].to_numpy(dtype=str)[known]
         score = (signal.sign or 1) * values[known]
+        scores[signal.name] = (signal.sign or 1) * values
         row: dict[str, Any] = {
             "signal": signal.name,
             "title": signal.title,
@@ -122,7 +126,32 @@ def ranking_table(ledger: pd.DataFrame, signals: Sequence[Signal], detection: De
         q[tested] = benjamini_hochberg(table.loc[tested, "p"])
     table.insert(table.columns.get_loc("p") + 1, "q", q)
     table.insert(table.columns.get_loc("q") + 1, "agrees", [_agreement(row) for row in table.to_dict("records")])
-    return table.sort_values("auroc", ascending=False, kind="stable", ignore_index=True)
+    table = table.sort_values("auroc", ascending=False, kind="stable", ignore_index=True)
+    behind = [_behind(row, table, scores, ledger, detection) for row in table.to_dict("records")]
+    for place, column in enumerate(TO_BEST):
+        table.insert(table.columns.get_loc("agrees") + 1 + place, column, [one[place] for one in behind])
+    return table
+
+
+def _behind(
+    row: dict[str, Any],
+    table: pd.DataFrame,
+    scores: dict[str, FloatArray],
+    ledger: pd.DataFrame,
+    detection: Detection,
+) -> tuple[float | None, ...]:
+    """AUROC of a signal minus that of the first of the ranking, with its interval: `TO_BEST`."""
+    real = table[(table["family"] != "null") & table["auroc"].notna()]
+    nothing = (np.nan,) * len(TO_BEST)
+    if row["family"] == "null" or real.empty or row["signal"] == real["signal"].iloc[0]:
+        return nothing
+    best, mine = scores[real["signal"].iloc[0]], scores[row["signal"]]
+    known = np.isfinite(mine)
+    if (known != np.isfinite(best)).any():
+        return nothing
+    false, groups = ledger["label"].isin(FALSE).to_numpy()[known], ledger["image"].to_numpy(dtype=str)[known]
+    found = detection.difference(best[known], mine[known], false, groups)
+    return found["difference"], found["difference_low"], found["difference_high"]
 
 
 def _agreement(row: dict[str, Any]) -> str:

@@ -264,6 +264,9 @@ def _summary(tables: dict[str, pd.DataFrame]) -> str:
             "frequency"
         )
     text += f" (chance .5; {int(best['n_tokens'])} named objects of {int(best['n_images'])} images)."
+    close = real[(real["to_best_low"] <= 0) & (real["to_best_high"] >= 0)]
+    if len(close):
+        text += f" On the same objects it is not told from {', '.join(close['title'])}."
     together = tables.get("combination", pd.DataFrame({"against": []}))
     for row in together[together["against"] == best["title"]].head(1).to_dict("records"):
         text += (

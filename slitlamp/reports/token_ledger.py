@@ -21,6 +21,8 @@ TOP: Final = 3
 """How many signals have their ROC curve drawn beside the combination's."""
 CLASSES: Final = 4
 """How many signals have their distributions drawn."""
+TO_BEST: Final = ("to_best", "to_best_low", "to_best_high")
+"""Columns of the ranking: the AUROC minus that of the best signal, paired."""
 REFERENCES: Final = {
     "output and baselines": "what can be had without a look inside (output distribution, position, mention, frequency)",
     "baselines": "position, mention and frequency",
@@ -224,9 +226,19 @@ def ledger_headline(tables: Tables) -> list[str]:
     lines = [
         f"Of {count(len(single), 'signal')} read at the moment before the model names an object, {best['title']} tells "
         f"hallucinated from true objects best: AUROC {Estimate.of(best.to_dict(), 'auroc').text(2)}, where chance is .5, over "
-        f"{_sizes(tables)}."
+        f"{_sizes(tables)}.{_rivals(single)}"
     ]
     return lines + _direction_sentence(single) + _together_sentence(tables)
+
+
+def _rivals(single: pd.DataFrame) -> str:
+    """Which signals the best one is not told from, on the same objects."""
+    behind = {str(row["title"]): Estimate.of(row, *TO_BEST) for row in single.to_dict("records")}
+    known = {title: one for title, one in behind.items() if one.has_interval}
+    close = [f"{title} ({one.text(3, signed=True)})" for title, one in known.items() if not one.direction]
+    if close:
+        return f" On the same objects it is not told from {join(close)}."
+    return f" On the same objects all {len(known)} others are behind it." if known else ""
 
 
 def _direction_sentence(single: pd.DataFrame) -> list[str]:

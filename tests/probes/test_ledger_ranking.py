@@ -16,6 +16,7 @@ from probes.ledger_combination import combined_scores, folds_of, out_of_fold
 from probes.ledger_ranking import Detection, agreement_table, ranking_table, redundancy_table
 from probes.ledger_signals import SIGNALS, chosen_signals
 from slitlamp.errors import InputError
+from slitlamp.reports.token_ledger import ledger_headline
 from slitlamp.tracing import Part
 
 Array = NDArray[Any]
@@ -73,6 +74,34 @@ def test_label_plus_noise_has_the_auroc_of_the_closed_form() -> None:
     assert (table["n_tokens"] == 4000).all()
     assert (table["n_images"] == 400).all()
     assert (table["n_hallucinated"] == false.sum()).all()
+
+
+def test_every_signal_is_compared_with_the_best_on_the_same_tokens() -> None:
+    """Entropy is surprisal with very little noise, margin knows nothing: the first is not told from the best, the other is."""
+    rng = np.random.default_rng(11)
+    false, image = rng.random(600) < 0.4, np.repeat(np.arange(120), 5)
+    best = false + rng.normal(size=600)
+    columns = {
+        "surprisal": best,
+        "entropy": best + rng.normal(scale=0.1, size=600),
+        "margin": rng.normal(size=600),
+        "frequency": np.where(np.arange(600) == 0, np.nan, rng.random(600)),  # not known for every token
+        "random": np.zeros(600),
+    }
+    tables = planted(columns, false, image).result().tables
+    table = tables["ranking"].set_index("signal")
+    first = table.index[0]
+    other = "entropy" if first == "surprisal" else "surprisal"
+    assert {first, other} == {"surprisal", "entropy"}
+    for name in (other, "margin"):
+        expected = table.loc[name, "auroc"] - table.loc[first, "auroc"]
+        assert table.loc[name, "to_best"] == pytest.approx(expected, abs=1e-12)
+    assert table.loc[other, "to_best_low"] <= 0 <= table.loc[other, "to_best_high"]
+    assert table.loc["margin", "to_best_high"] < 0
+    assert table.loc[[first, "frequency", "random"], "to_best"].isna().all()
+    (line, *_) = ledger_headline(tables)
+    assert f"not told from {table.loc[other, 'title']} (" in line
+    assert table.loc["margin", "title"] not in line
 
 
 def test_two_redundant_signals_have_their_known_correlation() -> None:
