@@ -51,8 +51,9 @@ def _of_text(logits: Tensor, emitted: Tensor, final: Tensor) -> Array:
     last = final.to(log_p.device)
     own = log_p.gather(1, emitted.to(log_p.device)[:, None])
     rank = (log_p > own).sum(dim=1) + 1
-    entropy = -(log_p.exp() * log_p).nan_to_num(0.0).sum(dim=1)
-    kl = (last.exp() * (last - log_p)).nan_to_num(0.0).sum(dim=1).clamp(min=0)
+    entropy = torch.special.entr(log_p.exp()).sum(dim=1)
+    share = last.exp()
+    kl = torch.where(share > 0, share * (last - log_p), 0.0).sum(dim=1).clamp(min=0)
     return np.asarray(torch.stack([own[:, 0].exp(), rank.double(), (rank == 1).double(), entropy, kl], dim=1).cpu())
 
 

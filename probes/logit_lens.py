@@ -16,12 +16,13 @@ from slitlamp.errors import InputError
 from slitlamp.evaluation.statistics import Interval, benjamini_hochberg, cluster_bootstrap, ratio
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import CausalTarget, GatheringProbe, ProbeResult, Site, Trace
-from slitlamp.tracing.probe import Array, EditsOf, Labels
+from slitlamp.tracing.probe import N_DRAWS, Array, EditsOf, Labels
 from slitlamp.tracing.sites import resid_post
 
 KINDS = ("all", "object", "hallucinated", "other", "correct", "wrong")
 """Kinds of tokens: every one, and by the labels of captions and of answers."""
-_CONTROLS = 5
+NAMED = ("object", "hallucinated", "correct", "wrong")
+"""Those at which causal checks look."""
 
 
 @dataclass
@@ -206,22 +207,28 @@ class LogitLens(GatheringProbe):
         return found if isinstance(found, list) else [found]
 
     def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
-        """The layer after which the emitted token's probability has risen most, skipped, against other layers."""
-        text = self._text().query("kind == 'all' and metric == 'probability'")
-        layers, values = text["layer"].to_numpy(), text["value"].to_numpy(dtype=np.float64)
+        """The layer after which the probability of named objects (of answers; of all tokens where none is labelled) has risen
+        most, skipped, against other layers.
+        """
+        text = self._text().query("metric == 'probability'")
+        named = text[text["kind"].isin(NAMED)]
+        what = "the words that name objects, or answer" if len(named) else "the emitted token"
+        text = named if len(named) else text
+        total = (text["value"] * text["n_tokens"]).groupby(text["layer"]).sum()
+        layers, values = total.index.to_numpy(), total.to_numpy(dtype=np.float64)
         if len(layers) < 3 or len(layers) != anatomy.n_layers:
             return []
         top = int(layers[1:][np.argmax(np.diff(values))])
         others = np.setdiff1d(layers[1:], [top])  # what the first layer gains is not known
         rng = np.random.default_rng(self.seed)
-        drawn = rng.choice(others, size=min(_CONTROLS, len(others)), replace=False)
+        drawn = rng.choice(others, size=min(N_DRAWS, len(others)), replace=False)
 
         def skipped(layer: int) -> EditsOf:
             return lambda batch: skip_block(layer)
 
         return [
             CausalTarget(
-                f"layer {top}, in which the lens gains most on the emitted token, skipped",
+                f"layer {top}, in which the lens gains most on {what}, skipped",
                 skipped(top),
                 tuple(skipped(int(one)) for one in drawn),
                 "another layer",
@@ -258,7 +265,7 @@ def _summary(tables: dict[str, pd.DataFrame]) -> str:
     image = tables["image"].query("metric == 'auroc'").set_index(["layer", "place"])
     inside, shifted = image.loc[(best["layer"], "inside")], image.loc[(best["layer"], "shifted")]
     return (
-        f"{said} At image tokens it tells an object's own place best after layer {int(best['layer'])}: AUROC "
-        f"{inside['value']:.2f} [{inside['low']:.2f}, {inside['high']:.2f}], at the same shape elsewhere "
+        f"{said} At image tokens it tells an object's own place best after layer {int(best['layer'])} (of {len(contrast)}): "
+        f"AUROC {inside['value']:.2f} [{inside['low']:.2f}, {inside['high']:.2f}], at the same shape elsewhere "
         f"{shifted['value']:.2f} [{shifted['low']:.2f}, {shifted['high']:.2f}] ({int(best['n_objects'])} objects)."
     )

@@ -131,6 +131,21 @@ def test_the_layer_in_which_the_answer_appears_is_found() -> None:
     assert all(one.argmax() == YES for one in logits[1:])
 
 
+def test_the_layer_that_is_skipped_is_the_one_that_gains_most_on_named_objects(llava: VLM) -> None:
+    """Over all tokens layer 2 gains most, at the object alone layer 1: causal checks look at objects."""
+    sums = np.zeros((1, 6, 3, 5))
+    sums[0, 0, :, 0] = [1.0, 2.0, 7.0]  # of ten tokens
+    sums[0, 1, :, 0] = [0.1, 0.7, 0.8]  # of the one that names an object
+    probe = LogitLens(n_resamples=20)
+    state = {"rows.text_group": np.array(["a"]), "rows.text_sums": sums, "constants.layer": np.arange(3)}
+    state |= {"constants.d_vocab": np.array(10)}
+    probe.load_state({**state, "rows.text_count": np.array([[10.0, 1, 0, 9, 0, 0]])})
+    assert probe.causal_targets(llava.anatomy)[0].name.startswith("layer 1, ")
+    probe = LogitLens(n_resamples=20)
+    probe.load_state({**state, "rows.text_count": np.array([[10.0, 0, 0, 0, 0, 0]])})
+    assert probe.causal_targets(llava.anatomy)[0].name.startswith("layer 2, ")
+
+
 @pytest.fixture(scope="module")
 def naming() -> VLM:
     """A planted model in which bright patches are called "dog", in every layer."""
