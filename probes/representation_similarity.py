@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from probes.labelled_states import STATES, need_images
-from probes.similarity import MEASURES, linear_cka, measured, mutual_knn, procrustes, svcca, unbiased_cka
+from probes.similarity import (
+    MEASURES,
+    Similarity,
+    linear_cka,
+    measured,
+    mutual_knn,
+    procrustes,
+    random_matching,
+    svcca,
+    unbiased_cka,
+)
 from slitlamp.errors import InputError, unknown
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import GatheringProbe, Part, Probe, ProbeResult, Site, Trace
@@ -36,7 +46,7 @@ class RepresentationSimilarity(GatheringProbe):
         measures: "cka" (linear), "cka_unbiased", "svcca", "procrustes", "mutual_knn".
         k: neighbours of mutual_knn [?: 10, as in Huh et al.].
         share: of the variance that SVCCA keeps (.99 in the paper).
-        n_permutations: random matchings of the items.
+        n_permutations: random matchings of the items, those of an image together.
         n_parts: that the jackknife leaves out one of; whole images.
         seed: of the matchings and the parts.
     """
@@ -53,6 +63,7 @@ class RepresentationSimilarity(GatheringProbe):
     _gathered: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "representation_similarity"
+    no_target: ClassVar[str] = "how alike two layers arrange a set of items is a property of the set, not a place in the model."
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         """One state per item."""
@@ -63,7 +74,6 @@ class RepresentationSimilarity(GatheringProbe):
         ):
             for one in values:
                 if one not in known:
-    no_target: ClassVar[str] = "how alike two layers arrange a set of items is a property of the set, not a place in the model."
                     raise unknown(what, one, known)
         if not self.measures or self.k < 1 or not 0 < self.share <= 1 or self.n_permutations < 0 or self.n_parts < 2:
             raise InputError("needs a measure, k from 1, share in (0, 1], n_permutations from 0 and n_parts from 2")
@@ -113,10 +123,10 @@ class RepresentationSimilarity(GatheringProbe):
         if len(names) < 2:
             raise InputError(f"similarity needs at least two images: found {len(names)}")
         part = rng.permutation(np.arange(len(names)) % min(self.n_parts, len(names)))[index]
-        orders = [torch.from_numpy(rng.permutation(n)) for _ in range(self.n_permutations)]
+        orders = [random_matching(index, rng) for _ in range(self.n_permutations)]
         a, b = ([torch.from_numpy(np.ascontiguousarray(side[:, i])) for i in range(side.shape[1])] for side in (x, y))
         rows = [
-            {"measure": name, **vars(measured(a[i], b[j], function, part, orders)), "n_items": n}
+            {"measure": name, **_row(measured(a[i], b[j], function, part, orders)), "n_items": n}
             for name, function in self._functions(n)
             for i, j in pairs
         ]
@@ -167,3 +177,8 @@ class RepresentationSimilarity(GatheringProbe):
             f"{best['null']:.2f} for items matched at random (n = {int(best['n_items'])})."
         )
         return ProbeResult(cls.name, {"models": found}, text)
+
+
+def _row(one: Similarity) -> dict[str, float]:
+    """Columns of a table; no similarity exceeds 1, but the jackknife does not know it."""
+    return {**vars(one), "high": min(one.high, 1.0)}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
@@ -81,6 +82,22 @@ def mutual_knn(x: Tensor, y: Tensor, k: int = 10) -> float:
 
 def _share(value: Tensor, whole: Tensor) -> float:
     return float(value / whole) if float(whole) > 0 else float("nan")
+
+
+def random_matching(group: NDArray[np.intp], rng: np.random.Generator) -> Tensor:
+    """An order of items [item] that matches them at random, the items of a group to neighbours in another.
+
+    Items of one image are alike. Were they matched one by one, that would be broken, and any real matching of images would
+    look like more than chance.
+
+    Args:
+        group: [item], the number of the group of each item, from 0.
+        rng: of the matching.
+    """
+    order = np.empty(len(group), dtype=np.int64)
+    shuffled = rng.permutation(group.max() + 1)[group]
+    order[np.argsort(group, kind="stable")] = np.argsort(shuffled, kind="stable")
+    return torch.from_numpy(order)
 
 
 @dataclass(frozen=True)

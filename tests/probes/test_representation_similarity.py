@@ -12,7 +12,7 @@ from sklearn.cross_decomposition import CCA
 from sklearn.neighbors import NearestNeighbors
 
 from probes import RepresentationSimilarity
-from probes.similarity import linear_cka, measured, mutual_knn, procrustes, svcca, unbiased_cka
+from probes.similarity import linear_cka, measured, mutual_knn, procrustes, random_matching, svcca, unbiased_cka
 from slitlamp.errors import InputError, UnknownNameError
 from slitlamp.reports.style import NARROW
 from slitlamp.tracing import Part
@@ -95,6 +95,48 @@ def test_jackknife_by_hand_and_null_of_the_matching() -> None:
     error = np.std(np.arange(8), ddof=1) / 8**0.5
     assert found.high - found.value == pytest.approx(2.364624 * error, rel=1e-5)  # t of 7 degrees of freedom
     assert (found.null, found.p) == (3.5, 1.0)
+
+
+def test_items_of_an_image_are_matched_together() -> None:
+    """Two items of each image, in mixed order: in every matching both go to the two of one image, each image once."""
+    group = np.array([0, 2, 1, 0, 1, 2, 3, 3])
+    seen = set()
+    for seed in range(20):
+        order = random_matching(group, np.random.default_rng(seed)).numpy()
+        assert sorted(order) == list(range(8))
+        went = [{int(group[one]) for one in order[group == image]} for image in range(4)]
+        assert all(len(one) == 1 for one in went)
+        seen.add(tuple(one.pop() for one in went))
+    assert len(seen) > 5  # and not always the same
+
+
+def test_equal_states_of_an_image_are_no_similarity_of_models() -> None:
+    """Six questions about each of ten images, whose states depend on the image alone, and two models that have nothing in
+    common: neighbours are those of the image in both, so that most are shared, and as many when images are matched at random.
+    """
+    rng = np.random.default_rng(0)
+    image = np.repeat(np.arange(10), 6)
+    first, other = (rng.normal(size=(10, 4))[image] + 1e-3 * rng.normal(size=(60, 4)) for _ in range(2))
+    names = np.array([f"q{i}" for i in range(60)])
+    probes = []
+    for states in (first, other):
+        probe = RepresentationSimilarity(k=5, measures=["mutual_knn"])
+        probe.load_state(
+            {
+                "constants.layer": np.array([0]), "rows.item": names, "rows.group": np.array([f"i{i}" for i in image]),
+                "rows.state": states[:, None].astype(np.float32),
+            }
+        )  # fmt: skip
+        probes.append(probe)
+    found = RepresentationSimilarity.compare(
+        {Part(name, "c", "d"): one for name, one in zip("ab", probes, strict=True)}
+    )
+    assert found is not None
+    row = found.tables["models"].iloc[0]
+    assert row["value"] > 0.95
+    assert row["null"] > 0.95
+    assert row["p"] > 0.05
+    assert row["high"] <= 1
 
 
 def test_unrelated_states_are_significant_as_often_as_they_should_be() -> None:
