@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pretend_devices import PretendDevices, dispatch
@@ -220,6 +221,10 @@ def test_the_pretended_devices_are_kept_apart() -> None:
             torch.stack([here, there])
         with pytest.raises(RuntimeError, match="same device"):
             there.masked_fill(here.bool(), 0)
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+        with pytest.raises(TypeError, match="numpy"):
+            np.asarray(there)
 
 
 def test_masks_follow_the_values(pair: VLM, llava: VLM, image: Callable[..., Any]) -> None:

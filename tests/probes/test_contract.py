@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pretend_devices import PretendDevices, dispatch
 
 from probes import (
     ActivationPatching,
@@ -32,6 +33,7 @@ from probes import (
     TokenLedger,
     TruthfulDirection,
 )
+from slitlamp.causal import causal_check
 from slitlamp.errors import InputError
 from slitlamp.models import Batch
 from slitlamp.tracing import Probe
@@ -152,6 +154,7 @@ PROBES: dict[str, Case] = {
         ("mentions", "neg_log_p"),
     ),
 }
+TOWER = ("model.vision_tower", "model.multi_modal_projector")
 PROMPTS = ["<image> is there a dog ?", "<image> what is in the image and where is it ?", "describe this <image> ."]
 WORDS = [3, 6, 1]
 
@@ -227,8 +230,21 @@ def test_bfloat16_gives_the_same_within_its_precision(case: Case, llava: VLM, im
     half = VLM.wrap(copy.deepcopy(llava.model).to(torch.bfloat16), llava.processor)
     table, column = case.value
     one, other = (measured(case.make(), vlm, image, [[0, 1]]).result().tables[table][column] for vlm in (llava, half))
+    assert np.array_equal(np.isnan(one), np.isnan(other))  # what is measured does not depend on the precision
     # 8 bits of mantissa give 0.4 % a rounding; three blocks of several roundings each add up to some per cent
     assert np.nanmax(np.abs(one - other)) < case.half * np.nanmax(np.abs(one))
+
+
+def test_layers_on_other_devices_give_the_same(make: Callable[[], Probe], llava: VLM, image: Any) -> None:
+    """The first block on the CPU, the others and the tower elsewhere: the same kernels, so the same numbers."""
+    model = copy.deepcopy(llava.model)
+    layers = "model.language_model.layers"
+    second = (f"{layers}.1", f"{layers}.2", "model.language_model.norm", "lm_head")
+    dispatch(model, dict.fromkeys(second, "cuda:1") | dict.fromkeys(TOWER, "cuda:2"))
+    spread = make()
+    with PretendDevices():
+        measured(spread, VLM.wrap(model, llava.processor), image, [[0, 1]])
+    assert_equal_tables(measured(make(), llava, image, [[0, 1]]), spread, rtol=1e-6, atol=1e-6)
 
 
 def test_a_saved_state_goes_on_as_if_nothing_had_happened(make: Callable[[], Probe], llava: VLM, image: Any) -> None:
@@ -251,6 +267,31 @@ def test_states_are_plain_arrays(make: Callable[[], Probe], llava: VLM, image: A
     for array in measured(make(), llava, image, [[0, 1]]).state().values():
         assert isinstance(array, np.ndarray)
         assert array.dtype.kind in "bifU"
+
+
+@pytest.mark.parametrize("name", [name for name in PROBES if " " not in name])
+def test_a_finding_is_a_place_that_can_be_intervened_on_or_the_probe_says_why_not(
+    name: str, llava: VLM, image: Any
+) -> None:
+    """Every target changes what the model says next, and so do its controls, of which no two are the same."""
+    probe = measured(PROBES[name].make(), llava, image, [[0, 1, 2]])
+    if probe.no_target:
+        assert probe.no_target.endswith(".")
+        assert probe.causal_targets(llava.anatomy) == []
+        return
+    targets = probe.causal_targets(llava.anatomy)
+    assert targets
+    batch, labels = captions(llava, image, [0, 1, 2])
+    table = causal_check(llava, targets, [(batch, labels)], n_resamples=20)
+    changed = table[table["outcome"] == "kl"]
+    assert len(changed) == len(targets)
+    assert (changed[["effect", "control_effect"]] > 0).all(axis=None)
+    for target in targets:
+        assert (
+            len(target.controls) == 19
+            or len(target.controls) < llava.anatomy.n_layers
+            or "attention" in target.control_name
+        )
 
 
 def test_other_parameters_do_not_merge(case: Case) -> None:

@@ -1,7 +1,8 @@
 """A second device where there is none: every tensor is on the CPU, but says that it is on the device it was moved to.
 
 Under `PretendDevices`, a torch function that is given tensors of two devices raises the error that it raises on a machine
-with two GPUs. What torch allows there is allowed here: indices on the CPU, and single numbers on the CPU.
+with two GPUs, and so does turning a tensor of another device into a numpy array. What torch allows there is allowed here:
+indices on the CPU, and single numbers on the CPU.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ class PretendDevices(TorchFunctionMode):
         if func is torch.device:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if func is torch.autograd.grad:  # a gradient lies where that lies whose gradient it is
+            slopes = func(*args, **kwargs)
+            for slope, tensor in zip(slopes, args[1], strict=True):
+                if slope is not None:
+                    slope._pretended = place(tensor)
+            return slopes
+        if name in ("numpy", "__array__") and place(args[0]) != CPU:
+            raise TypeError(f"can't convert {place(args[0])} device type tensor to numpy")
         given = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Tensor)]
         target: torch.device | None = None
 
