@@ -39,7 +39,8 @@ class HeadReinforcement(Intervention):
 
     Attributes:
         alpha: the factor; 1 changes nothing, 2 is the paper's.
-        layers: 0-based; None for the published layers at depth 32 and the last 44 % of the layers elsewhere.
+        layers: 0-based; None for the published layers of LLaVA and InstructBLIP at depth 32 and the last 44 % of the layers
+            elsewhere (`probes.vision_heads.default_layers`).
         select: which heads: "divergent" (the method), or its controls "random" (as many), "least" (as many, the least
             divergent), "all".
         outlier_rule: whether heads that surge when the image is removed are left out.
@@ -90,7 +91,9 @@ class HeadReinforcement(Intervention):
     def _layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         if self.heads is not None:
             return tuple(sorted({layer for layer, _ in self.heads}))
-        return default_layers(anatomy.n_layers) if self.layers is None else tuple(sorted(self.layers))
+        if self.layers is not None:
+            return tuple(sorted(self.layers))
+        return default_layers(anatomy.n_layers, anatomy.family.model_type)
 
     def controls(self) -> dict[str, Intervention]:
         """The same number of random heads; of the least divergent heads; all heads at the same mean factor."""

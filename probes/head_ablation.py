@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from probes.head_agreement import top_heads
 from slitlamp.decoding.edits import scale_heads, set_heads
+from slitlamp.errors import InputError
 from slitlamp.models import Batch
 from slitlamp.tracing import Edit
-from slitlamp.tracing.probe import CausalTarget, EditsOf
+from slitlamp.tracing.probe import N_DRAWS, CausalTarget, EditsOf
 
-N_DRAWS = 5
 Pairs = list[tuple[int, int]]
 
 
@@ -38,8 +38,16 @@ def head_targets(
         n_layers: of the model.
         seed: of the random heads.
         where: at which tokens VHD was measured, for the name.
+
+    Raises:
+        InputError: the chosen heads are all the heads of their layers, so that there is nothing to compare with.
     """
     chosen = top_heads(vhd.reshape(1, -1), k).reshape(vhd.shape)
+    of_layer = chosen.sum(axis=1)
+    if np.isin(of_layer, (0, chosen.shape[1])).all():
+        raise InputError(
+            f"the {k} heads with the largest VHD are all the heads of their layers; choose fewer with top_heads"
+        )
     rng = np.random.default_rng(seed)
     controls = [_random(chosen, rng) for _ in range(N_DRAWS)]
     whole = torch.zeros(n_layers, *means.shape[1:], dtype=torch.float32)
@@ -64,7 +72,8 @@ def head_targets(
 
         return edits
 
-    name, control = f"the {k} heads with the largest VHD at {where}", f"{k} random other heads of the same layers"
+    other = "other heads" if (2 * of_layer <= chosen.shape[1]).all() else "heads, others as far as there are,"
+    name, control = f"the {k} heads with the largest VHD at {where}", f"{k} random {other} of the same layers"
     return [
         CausalTarget(f"{name} {what}", make(chosen), tuple(make(one) for one in controls), control)
         for what, make in (("set to zero", zeroed), ("set to their mean", averaged))
@@ -72,10 +81,12 @@ def head_targets(
 
 
 def _random(chosen: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.bool_]:
-    """As many heads of each layer at random; others than the chosen ones where the layer has enough of them."""
+    """As many heads of each layer at random, others than the chosen ones as far as the layer has them.
+
+    Where more than half of a layer is chosen, all others are taken and the rest drawn among the chosen: no draw can differ more.
+    """
     drawn = np.zeros_like(chosen)
     for row, picked in enumerate(chosen):
-        count = int(picked.sum())
-        others = np.flatnonzero(~picked)
-        drawn[row, rng.choice(others if len(others) >= count else len(picked), count, replace=False)] = True
+        order = rng.permutation(len(picked))
+        drawn[row, np.concatenate([order[~picked[order]], order[picked[order]]])[: int(picked.sum())]] = True
     return drawn

@@ -93,6 +93,10 @@ class HeadDivergence(GatheringProbe):
             raise InputError(f"top_k must hold numbers of heads from 1, found {list(self.top_k)}")
         if self.top_heads is not None and self.top_heads < 1:
             raise InputError(f"top_heads must be a number of heads from 1, found {self.top_heads}")
+        if min(self.top_k) > anatomy.n_heads:
+            raise InputError(
+                f"top_k must hold a number of heads up to the model's {anatomy.n_heads}, found {list(self.top_k)}"
+            )
         heads = [z(layers=self.layers, positions="before_generated")]
         return [*heads, logits(positions="before_generated")] if self.language_prior else heads
 
@@ -226,9 +230,10 @@ class HeadDivergence(GatheringProbe):
         """One row per head: mean VHD at the first generated token over items, its interval, and how often it is selected."""
         first = self._get("first")[:, 0]
         frame = head_means(first, self._get("layer"), self._get("group"), self._bootstrap)
+        frame.insert(0, "contrast", self.contrast)
         values = first.reshape(len(first), -1).astype(np.float64)
-        frame.insert(5, "sd", values.std(axis=0, ddof=1) if len(first) > 1 else np.nan)
-        frame.insert(6, "selected", self._get("selected")[:, 0].reshape(len(first), -1).mean(axis=0))
+        frame.insert(6, "sd", values.std(axis=0, ddof=1) if len(first) > 1 else np.nan)
+        frame.insert(7, "selected", self._get("selected")[:, 0].reshape(len(first), -1).mean(axis=0))
         return frame
 
     def _tokens(self) -> pd.DataFrame:

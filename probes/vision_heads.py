@@ -83,13 +83,21 @@ def choose_heads(divergence: Tensor, choice: Choice, *, seed: int = 0, layer: in
     return rank < count
 
 
-def default_layers(n_layers: int) -> tuple[int, ...]:
+_LLAVA_LAYERS = (1, *range(18, 32))
+_PUBLISHED = {"llava": _LLAVA_LAYERS, "llava_next": _LLAVA_LAYERS, "instructblip": tuple(range(14, 32))}
+
+
+def default_layers(n_layers: int, model_type: str = "") -> tuple[int, ...]:
     """The layers that VHR reinforces by default.
 
-    32 layers (LLaVA-1.5-7B, LLaVA-NeXT-7B): the second and the last 14, as published. Other depths have no published
-    default: the last 44 % (14 / 32), rounded, at least one.
+    As published for models of 32 layers: the second and the last 14 of LLaVA-1.5 and LLaVA-NeXT, the last 18 of InstructBLIP.
+    Other depths and families have no published default: the last 44 % (14 / 32), rounded, at least one [?].
+
+    Args:
+        n_layers: of the language model.
+        model_type: of the family (`anatomy.family.model_type`).
     """
-    if n_layers == 32:
-        return (1, *range(18, 32))
+    if n_layers == 32 and model_type in _PUBLISHED:
+        return _PUBLISHED[model_type]
     last = max(1, round(n_layers * 14 / 32))
     return tuple(range(n_layers - last, n_layers))

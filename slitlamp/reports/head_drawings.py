@@ -44,24 +44,38 @@ def _t_vhd_histogram(tables: Tables, width: float) -> Figure | None:
     return figure
 
 
-def _items(tables: Tables) -> str:
-    return f"{int(tables['heads']['n_items'].iloc[0])} items"
+def _measured(tables: Tables) -> str:
+    row = tables["heads"].iloc[0]
+    how = (
+        f", the image {row['contrast']}" if "contrast" in row else ""
+    )  # a run of an earlier version has no such column
+    return f"Mean VHD of every head at the first generated token{how}, over {int(row['n_items'])} items"
+
+
+def _k(tables: Tables) -> str:
+    return f"k = {summaries.t_vhd_column(tables['tokens'])[1]} heads per layer"
 
 
 FIGURES: Final = {
     "head_map": Drawing(
         "Which heads read the image",
-        lambda tables: f"Mean VHD of every head at the first generated token, over {_items(tables)}.",
+        lambda tables: f"{_measured(tables)}. Rings: heads that reinforcement would pick in at least half of them.",
         _head_map,
     ),
     "head_intervals": Drawing(
         "Every head with its interval",
-        lambda tables: f"Mean VHD at the first generated token with its bootstrap interval over {_items(tables)}.",
+        lambda tables: (
+            f"{_measured(tables)}, with its bootstrap interval. Filled: heads that reinforcement would pick in at least half of "
+            "them; dashed: the median of the layer."
+        ),
         _head_intervals,
     ),
     "t_vhd_histogram": Drawing(
         "T-VHD by kind of word",
-        lambda tables: "T-VHD of words that name an object in the image, of those that name another, and of the rest.",
+        lambda tables: (
+            f"T-VHD ({_k(tables)}) of words that name an object in the image, of those that name another, and of the rest. "
+            "Above: means with bootstrap intervals over items."
+        ),
         _t_vhd_histogram,
     ),
     "sentence_histogram": Drawing("T-VHD by sentence", head_areas.sentence_caption, head_areas.sentence_histogram),

@@ -31,8 +31,9 @@ def head_divergence(data: RunData) -> str:
     n = ""
     if table is not None and "n_items" in table.columns and table["n_items"].notna().any():
         n = f" n = {count(int(table['n_items'].max()), 'caption')}."
+    how = "" if table is None or "contrast" not in table.columns else f" (image {table['contrast'].iloc[0]})"
     return (
-        "Mean VHD of every attention head at the first generated word, and the same numbers layer by layer with "
+        f"Mean VHD of every attention head at the first generated word{how}, and the same numbers layer by layer with "
         f"{data.level} intervals by image; dashed: the median of the layer. A ring in the map, and a filled dot, mark "
         "the heads that reinforcement would pick (its outlier rule included) in "
         "at least half of the images." + n

@@ -64,8 +64,11 @@ def test_controls_choose_as_many_heads() -> None:
     assert not torch.equal(random[0], choose_heads(vhd, "random", seed=2, layer=2)[0])
 
 
-def test_published_layers_at_depth_32_and_the_same_share_elsewhere() -> None:
-    assert default_layers(32) == (1, *range(18, 32))
+def test_published_layers_of_their_families_and_the_same_share_elsewhere() -> None:
+    assert default_layers(32, "llava") == default_layers(32, "llava_next") == (1, *range(18, 32))
+    assert default_layers(32, "instructblip") == tuple(range(14, 32))
+    assert default_layers(32, "qwen2_5_vl") == tuple(range(18, 32))
+    assert default_layers(24, "llava") == tuple(range(14, 24))
     assert default_layers(6) == (3, 4, 5)
     assert default_layers(1) == (0,)
 
@@ -85,6 +88,12 @@ def test_unknown_choices_name_the_known() -> None:
         HeadDivergence(top_k=(0,)).sites(None)  # type: ignore[arg-type]
 
 
+def test_numbers_of_heads_that_no_layer_has_are_refused(llava: VLM) -> None:
+    with pytest.raises(InputError, match="up to the model's 4"):
+        HeadDivergence(top_k=(8, 16)).sites(llava.anatomy)
+    assert HeadDivergence(top_k=(4, 16)).sites(llava.anatomy)
+
+
 @pytest.fixture(scope="module")
 def caption(llava: VLM, image: Any) -> Any:
     batch = llava.encode(
@@ -98,6 +107,7 @@ def test_equal_to_a_loop_over_plain_forward_passes(llava: VLM, caption: Any) -> 
     probe = HeadDivergence(top_k=(1, 2), n_resamples=20)
     llava.measure(probe, caption)
     tables = probe.result().tables
+    assert (tables["heads"]["contrast"] == "deleted").all()
     maps: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
     for row, (name, tokens) in enumerate({"a": [6, 7, 8, 9], "b": [10, 11]}.items()):
         for step in range(len(tokens)):
@@ -264,7 +274,7 @@ def test_planted_heads_are_the_causal_targets_and_their_controls_are_others(imag
     zero, mean = probe.causal_targets(vlm.anatomy)
     assert "zero" in zero.name
     assert "mean" in mean.name
-    assert len(zero.controls) == len(mean.controls) == 5
+    assert len(zero.controls) == len(mean.controls) == 19
     changed = []
     for edits_of in (zero.target, zero.controls[0], mean.target):
         with vlm.trace(sites.z()) as trace:

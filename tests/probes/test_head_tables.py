@@ -17,6 +17,7 @@ from probes.head_consistency import consistency_tables
 from probes.head_contrasts import contrast_tables, outlier_table
 from probes.head_prior import prior_tables, prior_values
 from probes.head_tokens import Bootstrap, areas, means_by_label, sentences, with_mention
+from slitlamp.errors import InputError
 
 BOOTSTRAP = Bootstrap(n_resamples=200, seed=0)
 
@@ -293,3 +294,17 @@ def test_controls_match_the_targets_layer_by_layer() -> None:
         assert not values[5][5]
         drawn.append(tuple(values[1].tolist()))
     assert len(set(drawn)) > 1
+
+
+def test_controls_of_most_of_a_layer_take_all_the_others() -> None:
+    """Six of eight heads chosen: each draw holds the two others and four of the chosen, and is never the chosen ones."""
+    vhd = np.arange(8.0)[None]
+    target = head_targets(vhd, np.array([0]), np.ones((1, 8, 4)), k=6, n_layers=1, seed=0, where="the first token")[0]
+    assert "as far as there are" in target.control_name
+    for control in target.controls:
+        (edit,) = control(None)  # type: ignore[arg-type]
+        zero = edit.function(torch.ones(1, 1, 8, 4), None)[0, 0, :, 0] == 0  # type: ignore[arg-type, union-attr]
+        assert zero[:2].all()
+        assert zero.sum() == 6
+    with pytest.raises(InputError, match="all the heads of their layers"):
+        head_targets(vhd, np.array([0]), np.ones((1, 8, 4)), k=8, n_layers=1, seed=0, where="the first token")
