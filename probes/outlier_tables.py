@@ -134,8 +134,8 @@ def influence_tables(
         if all(one.any() for one in found.values()):
             for kind, column in enumerate(KINDS):
                 for how in ("within images", "between images"):
-                    one = _difference({name: total[name][:, layer, kind] for name in LABELS}, found, how, images)
-                    differences.append({**head, "tokens": column, "compared": how, **one})
+                    numbers = _difference({name: total[name][:, layer, kind] for name in LABELS}, found, how, images)
+                    differences.append({**head, "tokens": column, "compared": how, **numbers})
                 beside = against_neighbours(values[:, layer, kind], token, label, item, len(tokens.items))
                 known = np.isfinite(beside)
                 if known.any():
