@@ -32,6 +32,7 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
+import _first  # noqa: F401
 import _measure as measure
 import pandas as pd
 import torch

@@ -30,6 +30,7 @@ from typing import Any
 # No network: nothing here needs it, and transformer_lens would run pip where a processor fails to load.
 os.environ |= {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
+import _first  # noqa: F401
 import _measure as measure
 import _report as report
 import torch

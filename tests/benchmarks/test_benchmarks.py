@@ -1,8 +1,10 @@
-"""The recorders that benchmarks/tracing.py compares record the same numbers, so that their times can be compared.
+"""What is compared gives the same numbers: the recorders of benchmarks/tracing.py, the fits of benchmarks/probes.py.
 
-Tolerance 1e-5 of the largest value: SDPA and eager attention differ in the order of float32 sums alone.
+Tolerance of the recorders 1e-5 of the largest value: SDPA and eager attention differ in the order of float32 sums alone.
 """
 
+import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,17 +19,34 @@ LAYERS, WIDTH, HEADS, IMAGE_TOKENS, STEPS = 3, 32, 4, 32, 4
 @pytest.fixture(scope="module")
 def benchmark():
     """The benchmark's modules, imported as its script imports them."""
-    sys.path.insert(0, str(BENCHMARKS))
+    sys.path.append(str(BENCHMARKS))
     try:
         import _cases
         import _contestants
         import _measure
         import _report
-        import linear_fits
+
+        spec = importlib.util.spec_from_file_location("benchmark_of_probes", BENCHMARKS / "probes.py")
+        probes = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = probes  # dataclasses look their module up
+        spec.loader.exec_module(probes)
     finally:
         sys.path.remove(str(BENCHMARKS))
     modules = {"cases": _cases, "contestants": _contestants, "measure": _measure, "report": _report}
-    return modules | {"linear_fits": linear_fits}
+    return modules | {"probes": probes}
+
+
+def test_no_script_hides_the_package_probes():
+    """Python puts a script's folder first on its path, where it would find probes.py. Whatever imports `_first` finds both."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import _first, _measure, probes; print(probes.__path__[0])"
+    found = subprocess.run([sys.executable, "-c", code, str(BENCHMARKS)], capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()) == BENCHMARKS.parent / "probes"
+    scripts = [one for one in BENCHMARKS.glob("*.py") if not one.name.startswith("_")]
+    assert len(scripts) >= 3
+    for one in scripts:
+        imported = [line.split()[1] for line in one.read_text().splitlines() if line.startswith(("import ", "from "))]
+        ours = [name for name in imported if name.split(".")[0] not in sys.stdlib_module_names]
+        assert ours[0] == "_first", one.name
 
 
 @pytest.fixture(scope="module")
@@ -111,19 +130,22 @@ def test_promises_are_judged(benchmark):
 
 def test_linear_fits_and_scikit_learn_solve_the_same_problems(benchmark, capsys):
     """A small size through the whole script: equal AUROC at every fold and penalty; times are not judged here."""
-    module = benchmark["linear_fits"]
+    module = benchmark["probes"]
     size = module.Size(layers=2, features=12, samples=300, strengths=(0.1, 10.0, 1e3))
     outcome = module.compare(size, 2, 1)
-    assert len(outcome.rounds) == 2
+    assert len(outcome.rounds) == 4
+    assert outcome.fits == 4 * 15
     assert max(outcome.differences) <= module.PROMISED_AUROC
-    page = module.markdown(outcome, size, 1)
-    assert "scikit-learn, extrapolated from one fold a round" in page
-    assert capsys.readouterr().out.count("round") == 2
+    page = module.markdown([outcome], module.peaks(size, 1), size)
+    assert "| 1 | 2 |" in page
+    assert [row["layer"] for row in module.rows([outcome], size)] == [0, 1, 0, 1]
+    assert capsys.readouterr().out.count("round") == 4
 
 
 def test_linear_fits_are_judged(benchmark):
-    module = benchmark["linear_fits"]
-    fast = module.Outcome(rounds=[(1.0, 11.0)] * 5, differences=[0.004])
-    slow = module.Outcome(rounds=[(1.0, 9.0)] * 5, differences=[0.006])
-    lines = module.verdicts(fast) + module.verdicts(slow)
-    assert [line.split(":")[0] for line in lines] == ["reached", "reached", "MISSED", "MISSED"]
+    module = benchmark["probes"]
+    fast = module.Outcome(1, 0.0, rounds=[(1.0, 11.0)] * 5, differences=[0.004])
+    slow = module.Outcome(2, 0.0, rounds=[(1.0, 9.0)] * 5, differences=[0.006])
+    uneven = module.Outcome(2, 0.0, rounds=[(1.0, 9.0), (1.0, 12.0)] * 4, differences=[0.0])  # 10.5 in all
+    lines = module.verdicts([fast, slow, uneven])
+    assert [line.split(":")[0] for line in lines] == ["reached", "reached", "MISSED", "MISSED", "MISSED", "reached"]
