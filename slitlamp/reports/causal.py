@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+import textwrap
+from collections.abc import Mapping
+from typing import Any, Final
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -11,7 +13,7 @@ from matplotlib.figure import Figure
 from slitlamp.causal import causal_sentences
 from slitlamp.reports.draw import is_narrow, legend_below, reference_line
 from slitlamp.reports.drawing import Drawing, Tables
-from slitlamp.reports.style import BLUE, GREY, axes_or_new, new_figure, styled
+from slitlamp.reports.style import BLUE, GREEN, GREY, ORANGE, axes_or_new, new_figure, styled
 from slitlamp.reports.wording import count
 
 OUTCOMES: Final = {
@@ -22,36 +24,56 @@ OUTCOMES: Final = {
 }
 
 
+_CONTROLS: Final = ((GREY, "v"), (ORANGE, "^"), (GREEN, "D"))
+"""Colour and marker of the first, second and third kind of random targets."""
+
+
 @styled
 def causal_panel(rows: pd.DataFrame, ax: Axes | None = None, *, names: bool = True) -> Axes:
-    """One outcome: every target (filled) and the mean of its random targets (open) with their intervals.
+    """One outcome: every target (filled), and under it the mean of each kind of random targets (open), with intervals.
 
     Args:
-        rows: of one outcome: target, effect, low, high, control_effect, control_low, control_high.
+        rows: of one outcome: target, control, effect, low, high, control_effect, control_low, control_high.
         ax: where to draw; a new figure if None.
         names: whether the targets are named at the axis.
     """
-    ax = axes_or_new(ax, height=1.0 + 0.5 * len(rows))
-    for place, row in enumerate(rows.to_dict("records")):
-        pairs = ((0.12, "", BLUE, "o", BLUE), (-0.12, "control_", GREY, "v", "white"))
-        for offset, prefix, colour, marker, face in pairs:
-            value = row["effect"] if not prefix else row["control_effect"]
-            y = len(rows) - 1 - place + offset
-            ax.plot([row[f"{prefix}low"], row[f"{prefix}high"]], [y, y], color=colour, linewidth=2.0, label="_interval")
-            ax.plot(
-                value, y, marker=marker, linestyle="none", color=colour, markerfacecolor=face, markersize=5.5,
-                label="what the probe points at" if not prefix else "matched random targets",
-            )  # fmt: skip
+    targets, kinds = list(dict.fromkeys(rows["target"])), list(dict.fromkeys(rows["control"]))
+    ax = axes_or_new(ax, height=1.0 + _row_height(rows) * len(targets))
+    shared = len(rows) == len(targets) * len(kinds)  # every target against every kind
+    for place, (_, mine) in enumerate(rows.groupby("target", sort=False)):
+        step = 0.7 / (1 + len(mine))
+        top = len(targets) - 1 - place + 0.5 * step * len(mine)
+        for number, row in enumerate(mine.to_dict("records")):
+            if not number:
+                _mark(ax, row, "", top, BLUE, "o", BLUE, "what the probe points at")
+            kind = kinds.index(row["control"]) if shared else number
+            colour, marker = _CONTROLS[kind % len(_CONTROLS)]
+            name = str(row["control"]) if shared else "matched random targets"
+            _mark(ax, row, "control_", top - step * (number + 1), colour, marker, "white", name)
     reference_line(ax, 0.0)
-    ax.set_yticks(range(len(rows)), labels=[_wrapped(one) for one in rows["target"].iloc[::-1]] if names else [])
-    ax.set_ylim(-0.6, len(rows) - 0.4)
+    ax.set_yticks(range(len(targets)), labels=[_wrapped(one) for one in reversed(targets)] if names else [])
+    ax.set_ylim(-0.6, len(targets) - 0.4)
     return ax
 
 
-def _wrapped(text: str, width: int = 26) -> str:
-    import textwrap
+def _mark(
+    ax: Axes, row: Mapping[Any, Any], prefix: str, y: float, colour: str, marker: str, face: str, name: str
+) -> None:
+    ax.plot([row[f"{prefix}low"], row[f"{prefix}high"]], [y, y], color=colour, linewidth=2.0, label="_interval")
+    ax.plot(
+        row[f"{prefix}effect"], y, marker=marker, linestyle="none", color=colour, markerfacecolor=face, markersize=5.5,
+        label=name,
+    )  # fmt: skip
 
+
+def _wrapped(text: str, width: int = 26) -> str:
     return "\n".join(textwrap.wrap(text, width))
+
+
+def _row_height(rows: pd.DataFrame) -> float:
+    """Inches that a target takes: room for its name, and for the kinds of random targets under it."""
+    lines = max(_wrapped(one).count("\n") + 1 for one in rows["target"])
+    return max(0.3 + 0.2 * int(rows.groupby("target").size().max()), 0.17 * lines + 0.1)
 
 
 @styled
@@ -62,14 +84,14 @@ def _figure(tables: Tables, width: float) -> Figure | None:
     shown = [one for one in OUTCOMES if (table["outcome"] == one).any()]
     narrow = is_narrow(width)
     columns = 1 if narrow else min(2, len(shown))
-    rows = -(-len(shown) // columns)
-    n_targets = table["target"].nunique()
-    figure = new_figure(width, rows * (0.95 + 0.5 * n_targets) + 0.4)
+    lines = -(-len(shown) // columns)
+    height = _row_height(table[table["outcome"] == shown[0]]) * table["target"].nunique()
+    figure = new_figure(width, lines * (0.95 + height) + 0.4)
     for place, outcome in enumerate(shown):
-        ax = figure.add_subplot(rows, columns, place + 1)
+        ax = figure.add_subplot(lines, columns, place + 1)
         causal_panel(table[table["outcome"] == outcome], ax, names=place % columns == 0)
         title, unit = OUTCOMES[outcome]
-        ax.set_title(title)
+        ax.set_title(_wrapped(title, 20) if narrow else title)
         ax.set_xlabel(unit)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     seen = dict(zip(labels, handles, strict=True))
@@ -83,7 +105,7 @@ def _caption(tables: Tables) -> str:
     n_tokens, n_images = (int(table[column].max()) for column in ("n_tokens", "n_groups"))
     return (
         "What intervening on the finding does to the next token, given the same text, at "
-        f"{count(n_tokens, 'token')} of {count(n_images, 'image')}, with bootstrap intervals by image. Beside it the mean of "
+        f"{count(n_tokens, 'token')} of {count(n_images, 'image')}, with bootstrap intervals by image. Below it the mean of "
         f"{count(int(table['n_draws'].max()), 'random draw')} at most: {controls}. Above zero, the tokens become more likely."
     )
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 from slitlamp.errors import UnknownNameError
 from slitlamp.reports import figure, figure_names, probe_sections, write_report
-from slitlamp.reports.causal import OUTCOMES
+from slitlamp.reports.causal import OUTCOMES, causal_panel
 from slitlamp.reports.data import RunData
 from slitlamp.reports.drawing import Drawing
 from slitlamp.reports.style import new_figure
@@ -138,3 +139,29 @@ def test_a_causal_check_is_drawn_and_said(make_run: Callable[..., Path]) -> None
     assert "5.0 times [4.0, 6.0], more than every control (5 of 5 draws exceeded, p 0.17)" in page
     drawn = figure(run, "head_divergence_causal")
     assert len(drawn.axes) == 4
+
+
+def test_controls_of_a_target_stand_under_it_and_are_told_apart() -> None:
+    names = [
+        "a direction with a very long name that is added after some block",
+        "the same direction taken out of the same block",
+    ]
+    kinds = {"random directions": 0.1, "directions of shuffled labels": 0.3}
+    rows = [
+        {
+            "target": target, "control": kind, "effect": 0.5, "low": 0.4, "high": 0.6, "control_effect": value,
+            "control_low": value - 0.05, "control_high": value + 0.05,
+        }
+        for target in names
+        for kind, value in kinds.items()
+    ]  # fmt: skip
+    figure = new_figure(6.6, 2 * 0.9 + 1)
+    panel = causal_panel(pd.DataFrame(rows), figure.add_subplot())
+    points = [
+        (one.get_label(), float(np.asarray(one.get_xdata())[0])) for one in panel.lines if one.get_marker() != "None"
+    ]
+    shown = [("what the probe points at", 0.5), *kinds.items()]
+    assert points == shown * 2
+    figure.canvas.draw()
+    boxes = [one.get_window_extent() for one in panel.get_yticklabels()]
+    assert not boxes[0].overlaps(boxes[1])
