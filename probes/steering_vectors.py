@@ -177,8 +177,9 @@ class SteeringVectors(GatheringProbe):
         best = tables["layers"].loc[tables["layers"]["auroc"].idxmax()]
         text = (
             f"The {str(best['method']).replace('_', ' ')} direction of {name} tells left-out images apart best at layer "
-            f"{int(best['layer'])}: AUROC {best['auroc']:.2f} [{best['low']:.2f}, {best['high']:.2f}], random directions "
-            f"{best['random']:.2f} either way (n = {int(best['n_positive'])} and {int(best['n_negative'])})."
+            f"{int(best['layer'])}: AUROC {best['auroc']:.2f} [{best['low']:.2f}, {best['high']:.2f}], the best of {len(rows)} "
+            f"methods and layers; random directions {best['random']:.2f} either way (n = {int(best['n_positive'])} and "
+            f"{int(best['n_negative'])})."
         )
         return ProbeResult(self.name, tables, text)
 

@@ -41,12 +41,12 @@ def plain_source(d_vocab: int) -> Any:
 
 
 def test_text_by_hand() -> None:
-    """p = (1/2, 1/4, 1/4) after layer 0 and (1/4, 1/4, 1/2) in the end; the last token is emitted."""
-    early, final = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.25, 0.5]]).log()
+    """p = (1/2, 1/4, 1/4) after layer 0 and (1/8, 3/8, 1/2) in the end; the last token is emitted."""
+    early, final = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.125, 0.375, 0.5]]).log()
     found = read_text(plain_source(3), [early, final], torch.tensor([2]))
-    entropy = 1.5 * np.log(2)
-    kl = 0.25 * np.log(0.5) + 0.5 * np.log(2)  # sum of final * log(final / early)
-    np.testing.assert_allclose(found[0, 0], [0.25, 2, 0, entropy, kl], atol=1e-6)
+    kl = 0.125 * np.log(0.25) + 0.375 * np.log(1.5) + 0.5 * np.log(2)  # sum of final * log(final / early)
+    np.testing.assert_allclose(found[0, 0], [0.25, 2, 0, 1.5 * np.log(2), kl], atol=1e-6)
+    entropy = np.log(8) / 8 + 0.375 * np.log(8 / 3) + np.log(2) / 2
     np.testing.assert_allclose(found[1, 0], [0.5, 1, 1, entropy, 0], atol=1e-6)
 
 
@@ -88,6 +88,9 @@ def test_names(llava: VLM) -> None:
 def test_equal_to_transformer_lens_in_every_layer(family: str) -> None:
     """TransformerLens's own logit lens on the same recordings; the last layer's is the model's own logits."""
     vlm = BUILDERS[family]()
+    weight = vlm.model.get_submodule(vlm.anatomy.modules["final_norm"]).weight
+    with torch.no_grad():  # as it is made, norming twice is norming once
+        weight.copy_(2 * torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)))
     batch = encode(vlm, pictures_of(vlm)).with_continuation([[6, 7], [8], [9, 10]])
     with vlm.trace(sites.resid_pre(), sites.resid_post(), sites.logits("all", label="own")) as trace:
         vlm.forward(batch)
@@ -168,6 +171,8 @@ def test_an_object_named_at_its_patches_is_found(naming: VLM) -> None:
         assert image[layer, "outside", "probability"] < 0.1
     contrast = tables["image_contrast"].query("metric == 'auroc'")
     assert (contrast["low"] > 0.4).all()
+    wanted = [image[layer, "inside", "auroc"] - image[layer, "shifted", "auroc"] for layer in contrast["layer"]]
+    np.testing.assert_allclose(contrast["difference"], wanted)
     assert (contrast["n_objects"] == 3).all()  # the question about an absent object has no place
 
 
