@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from interventions.masked_block import MaskedBlock
-from probes.wanda import Matrix, keep_masks, keep_top, load_masks, matrices, wanda_score, weight_of
+from probes.wanda import (
+    Matrix,
+    keep_masks,
+    keep_top,
+    load_masks,
+    matrices,
+    sparsity_of_masks,
+    wanda_score,
+    weight_of,
+)
 from slitlamp.decoding.intervention import Intervention, Kind, RunContext
 from slitlamp.errors import InputError, UnsupportedError, unknown
 from slitlamp.models import Anatomy, Batch
@@ -38,15 +48,16 @@ class SubnetMask(Intervention):
     for small models.
 
     Attributes:
-        masks: path of a file of masks; None for masks of each row's own prompt.
-        sparsity: without a file, the share of every output row that is dropped; 0 changes nothing.
+        masks: file of masks; None for masks of each row's own prompt.
+        sparsity: the share of every output row that each kind of tokens drops; 0 changes nothing. With a file, the one that
+            it was made at.
         tokens: without a file, whose inputs count: "image", "text" (after the image), or "both": what each of the two keeps.
         rule: "wanda", or the controls "magnitude" and "random", which keep as many weights in every output row.
         layers: 0-based blocks; None for all.
         seed: of the random weights.
     """
 
-    masks: str | None = None
+    masks: str | Path | None = None
     sparsity: float = 0.5
     tokens: Tokens = "both"
     rule: Rule = "wanda"
@@ -79,6 +90,12 @@ class SubnetMask(Intervention):
                 )
         if self.masks is not None:
             self._from_file(anatomy)
+            made_at = sparsity_of_masks(self.masks)
+            if made_at is not None and made_at != self.sparsity:
+                raise InputError(
+                    f"{self.name}: {self.masks} was made at sparsity {made_at:g}, found sparsity={self.sparsity:g}; write "
+                    f"sparsity={made_at:g} or take another file"
+                )
 
     def controls(self) -> dict[str, Intervention]:
         """The largest weights, and random ones, as many in every output row."""
@@ -93,7 +110,7 @@ class SubnetMask(Intervention):
             whose = f"{TOKENS[self.tokens]} of the prompt"
             how = f" (sparsity {self.sparsity:g})"
         else:
-            whose, how = f"the tokens of {self.masks}", ""
+            whose, how = f"the tokens of {Path(self.masks).name}", ""
         hidden = ("masks", "sparsity", "tokens", "rule")
         changed = [
             f"{one.name}={getattr(self, one.name)!r}"

@@ -178,5 +178,12 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         return {key: _unpacked(file.get_tensor(key), tuple(shape)) for key, shape in shapes.items()}
 
 
+def sparsity_of_masks(path: str | Path) -> float | None:
+    """The sparsity that a file of masks says it was made at; None where it does not say."""
+    with safe_open(path, framework="np") as file:
+        said = (file.metadata() or {}).get("sparsity")
+    return None if said is None else float(said)
+
+
 def _unpacked(packed: np.ndarray, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed, count=math.prod(shape)).astype(bool).reshape(shape))

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import slitlamp
-from slitlamp.errors import InputError, SlitlampError, unknown
+from slitlamp.errors import InputError, MissingModelError, SlitlampError, unknown
 
 if TYPE_CHECKING:
     from slitlamp.experiments import Experiment, Run
@@ -83,7 +83,11 @@ def run(
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Run experiments, one after the other; one that was killed goes on where it stopped."""
+    """Run experiments, one after the other; one that was killed goes on where it stopped.
+
+    All are checked before the first one runs. Of several, those whose model is not there are left out, and the exit status
+    says so.
+    """
     from slitlamp.experiments import find_config, read_config
     from slitlamp.experiments.places import data_folders
 
@@ -92,17 +96,29 @@ def run(
     paths = [find_config(one, data_folders("experiments")) for one in experiments]
     configs = [read_config(path, changes or []) for path in paths]
     prepared = [_prepared(config, path, output, overwrite) for config, path in zip(configs, paths, strict=True)]
+    ready, left_out = [], []
     for experiment, path in zip(prepared, paths, strict=True):
+        try:
+            experiment.prepare()
+            ready.append((path.stem, experiment))
+        except MissingModelError as error:
+            left_out.append(f"{path.stem} is left out: {error}")
+    missing = "\n".join(left_out)
+    if missing and ready:
+        err.print(Text(missing), soft_wrap=True)
+    for name, experiment in ready:
         if len(paths) > 1:
-            out.print(Text(path.stem, style="bold"))
+            out.print(Text(name, style="bold"))
         _run(experiment)
+    if missing:
+        raise InputError(missing)
 
 
 def _prepared(config: Config, path: Path, output: Path | None, overwrite: bool) -> Experiment:
     from slitlamp.experiments import Experiment
-    from slitlamp.experiments.places import inside
+    from slitlamp.experiments.places import data_folders, inside
 
-    folders = [path.resolve().parent, Path.cwd()]
+    folders = [path.resolve().parent, Path.cwd(), *data_folders("experiments")]
     if output is None:
         output = inside(config.output or f"runs/{path.stem}", [Path.cwd(), *folders], "output")
         output = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output

@@ -18,6 +18,10 @@ class UnknownNameError(InputError):
     """A name that slitlamp does not know; the message lists the nearest known ones."""
 
 
+class MissingModelError(InputError):
+    """A model that is named by a folder that is not there."""
+
+
 class UnsupportedError(SlitlampError, ValueError):
     """A model family, a module or a combination that slitlamp does not support."""
 

@@ -183,6 +183,55 @@ def test_a_run_from_a_file_and_its_report(
         run.figure("head_divergenc")
 
 
+def small(name: str, **changes: object) -> str:
+    """A file with the smallest experiment of the embedded model."""
+    content = {"datasets": ["emoji_scenes/pope_random"], "take": 1, "n_resamples": 100, "output": name, **changes}
+    Path(f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return f"{name}.yaml"
+
+
+def test_without_its_checkpoints_an_experiment_says_what_makes_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slitlamp.experiments.runner.load_model", lambda *_: pytest.fail("a model was loaded"))
+    said = failure(capsys, "run", "ima_fig7_checkpoints")
+    assert "no such folder: runs/organism/checkpoints/step-00000 (`slitlamp train-organism`" in said
+    assert list(Path().iterdir()) == []
+
+
+def test_an_experiment_whose_model_is_not_there_does_not_keep_the_others_from_running(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    absent = small("absent", models=["organism", "./checkpoints/none"])
+    assert command("run", absent, small("present")) == 2
+    shown = capsys.readouterr()
+    said = "absent is left out: no such folder: ./checkpoints/none"
+    assert shown.err.count(said) == 2  # before the others run, and at the end
+    assert f"error: {said}" in " ".join(shown.err.split())
+    assert load_run("present").environment["finished"]
+    assert not Path("absent").exists()
+
+
+def test_a_mistake_in_a_later_experiment_is_found_before_the_first_one_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no embedded model of seed 9" in failure(
+        capsys, "run", small("first"), small("second", model="organism/seed9")
+    )
+    assert {path.name for path in Path().iterdir()} == {"first.yaml", "second.yaml"}
+
+
+def test_files_that_come_with_an_experiment_are_found_from_any_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    runners: list[Runner] = []
+    monkeypatch.setattr(Runner, "run", lambda self: runners.append(self))
+    monkeypatch.setattr("slitlamp.cli._report", lambda run: None)
+    assert command("run", "ima_fig12_subnet") == 0
+    (runner,) = runners
+    (mask,) = runner.plan.condition("alpha_0.3").interventions
+    assert Path(mask.masks).is_file()  # type: ignore[attr-defined]
+    recorded = runner.plan.config()["conditions"]["alpha_0.3"][0]["SubnetMask"]["masks"]
+    assert recorded == "masks/alpha_0.3.safetensors"
+    assert recorded in runner.plan.fingerprints()
+
+
 def test_ctrl_c_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(self: Runner) -> None:
         raise KeyboardInterrupt

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slitlamp.errors import InputError, unknown
+from slitlamp.errors import InputError, MissingModelError, unknown
 from slitlamp.experiments import registry
 from slitlamp.experiments.conditions import Condition, make_comparisons, make_conditions
 from slitlamp.experiments.config import Config, ModelConfig
@@ -19,9 +19,13 @@ from slitlamp.experiments.run import Run
 
 if TYPE_CHECKING:
     from slitlamp.decoding import Intervention
+    from slitlamp.experiments.across import Across
+    from slitlamp.experiments.runner import Runner
     from slitlamp.tracing import Probe
     from slitlamp.vlm import VLM
 
+CHECKPOINTS = "runs/organism/checkpoints/"
+"""Where `slitlamp train-organism` leaves the checkpoints of a training."""
 _OWN_OPTIONS = ("max_new_tokens", "max_length", "seed", "num_beams", "num_return_sequences", "pad_token_id")
 
 
@@ -98,10 +102,10 @@ class Experiment:
             model=config.models or config.model,
             dataset=datasets,
             conditions={
-                name: [registry.create("intervention", one.name, one.parameters) for one in components]
+                name: [registry.create("intervention", one.name, one.parameters, allowed) for one in components]
                 for name, components in config.conditions.items()
             },
-            probes=[registry.create("probe", one.name, one.parameters) for one in config.probes],
+            probes=[registry.create("probe", one.name, one.parameters, allowed) for one in config.probes],
             output=output or config.output or Path("runs") / (config.title or "experiment"),
             max_new_tokens=config.max_new_tokens or None,
             **{
@@ -121,11 +125,15 @@ class Experiment:
             InputError: something that this experiment was given cannot be used; before the model is loaded.
             RunFolderError: the output cannot be written, or another configuration made it.
         """
+        return self.prepare().run()
+
+    def prepare(self) -> Runner | Across:
+        """Check all that can be checked without a model; what this returns does the work. Raises what `run` does."""
         from slitlamp.experiments.across import Across
         from slitlamp.experiments.runner import Runner
 
         several = self._several()
-        return Runner(self.check()).run() if several is None else Across(self, several).run()
+        return Runner(self.check()) if several is None else Across(self, several)
 
     def _several(self) -> list[ModelConfig] | None:
         """The models, where there is a list of them."""
@@ -230,8 +238,8 @@ class Experiment:
         elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
             raise InputError(f"the folder {name} holds no Hugging Face model: it has no config.json")
         elif not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-            made = " (the checkpoints of the embedded model are made by `slitlamp train-organism`)"
-            raise InputError(f"no such folder: {name}{made if 'organism' in name else ''}")
+            made = " (`slitlamp train-organism` trains the embedded model and leaves its checkpoints there)"
+            raise MissingModelError(f"no such folder: {name}{made if name.startswith(CHECKPOINTS) else ''}")
 
     def _max_new_tokens(self, data: Dataset) -> int:
         given = self.max_new_tokens

@@ -19,6 +19,17 @@ def data_folders(kind: str) -> list[Path]:
     return [folder for folder in [*ours, packaged] if folder.is_dir()]
 
 
+def recorded(path: Path) -> str:
+    """How a run's configuration names a file: as seen from the experiments that come with slitlamp, or from the working
+    directory, if it lies in one of them, so that it is found again in another checkout or installation.
+    """
+    whole = path.resolve()
+    for folder in (*data_folders("experiments"), Path.cwd()):
+        if whole.is_relative_to(folder.resolve()):
+            return whole.relative_to(folder.resolve()).as_posix()
+    return str(whole)
+
+
 def inside(path: str | Path, folders: Sequence[Path], what: str) -> Path:
     """The file or folder that a configuration names, relative to one of `folders` and inside one of them.
 

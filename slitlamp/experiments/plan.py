@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from slitlamp.experiments.conditions import Condition
 from slitlamp.experiments.config import ModelConfig
 from slitlamp.experiments.datasets import Dataset
 from slitlamp.experiments.folder import RunFolder
+from slitlamp.experiments.places import recorded
 
 if TYPE_CHECKING:
     from slitlamp.experiments.experiment import Experiment
@@ -78,6 +80,13 @@ class Plan:
             "level": one.level,
         }
         return {key: value for key, value in config.items() if value is not None}
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of everything that is read, by name: the data sets, and the files of interventions and probes."""
+        components = [*self.probes.values(), *(one for each in self.conditions for one in each.interventions)]
+        files = {one for component in components for one in registry.files_of(component)}
+        found = {recorded(one): hashlib.sha256(one.read_bytes()).hexdigest() for one in sorted(files)}
+        return {one.name: one.fingerprint() for one in self.datasets} | found
 
     def measures(self, condition: str, dataset: str) -> bool:
         """Whether the probes run on this condition and data set."""

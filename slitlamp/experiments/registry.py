@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
 from slitlamp.errors import InputError, unknown
+from slitlamp.experiments.places import inside, recorded
 
 GROUPS = {"probe": "slitlamp.probes", "intervention": "slitlamp.interventions"}
 
@@ -59,12 +61,19 @@ def find(kind: str, name: str) -> type[Any]:
     return found
 
 
-def create(kind: str, name: str, parameters: Mapping[str, Any] | None = None) -> Any:
-    """A probe or intervention by name, its parameters checked against the dataclass: names first, then types."""
-    return build(kind, name, find(kind, name), parameters or {})
+def create(
+    kind: str, name: str, parameters: Mapping[str, Any] | None = None, folders: Sequence[Path] | None = None
+) -> Any:
+    """A probe or intervention by name, its parameters checked against the dataclass: names first, then types.
+
+    With `folders`, parameters that may be a `Path` are files inside one of them; see `places.inside`.
+    """
+    return build(kind, name, find(kind, name), parameters or {}, folders)
 
 
-def build(kind: str, name: str, cls: type[Any], parameters: Mapping[str, Any]) -> Any:
+def build(
+    kind: str, name: str, cls: type[Any], parameters: Mapping[str, Any], folders: Sequence[Path] | None = None
+) -> Any:
     """An instance of a dataclass from plain values (those of a YAML file)."""
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     for key in parameters:
@@ -72,6 +81,11 @@ def build(kind: str, name: str, cls: type[Any], parameters: Mapping[str, Any]) -
             raise unknown(f"parameter of the {kind} {name}:", key, known)
     hints = _hints(cls)
     values = {key: _checked(kind, name, key, value, hints.get(key)) for key, value in parameters.items()}
+    if folders is not None:
+        for key in _files(values, hints):
+            values[key] = inside(values[key], folders, f"{kind} {name}, {key}")
+            if not values[key].exists():
+                raise InputError(f"{kind} {name}, {key}: no such file: {values[key]}")
     try:
         return cls(**values)
     except TypeError as error:
@@ -83,6 +97,21 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
         return typing.get_type_hints(cls)
     except NameError:  # a hint imported for type checkers only: the class itself has to check that parameter
         return {}
+
+
+def _files(values: Mapping[str, Any], hints: Mapping[str, Any]) -> list[str]:
+    """The parameters whose values name a file."""
+    return [
+        key
+        for key, value in values.items()
+        if isinstance(value, str | Path) and Path in (hints.get(key), *typing.get_args(hints.get(key)))
+    ]
+
+
+def files_of(component: Any) -> Iterator[Path]:
+    """The files that a probe or an intervention reads."""
+    values = {field.name: getattr(component, field.name) for field in dataclasses.fields(component) if field.init}
+    yield from (Path(values[key]) for key in _files(values, _hints(type(component))))
 
 
 def _checked(kind: str, name: str, key: str, value: Any, hint: Any) -> Any:
@@ -116,6 +145,8 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in sorted(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Path):
+        return recorded(value)
     if hasattr(value, "tolist"):
         return value.tolist()
     return repr(value)

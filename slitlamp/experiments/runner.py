@@ -14,21 +14,14 @@ import pandas as pd
 
 from slitlamp.errors import RunFolderError, UnsupportedError
 from slitlamp.experiments import environment, storage
+from slitlamp.experiments.causal_checks import causal_tables, with_causal_sentences
 from slitlamp.experiments.conditions import Condition, condition_table
 from slitlamp.experiments.config import ModelConfig
 from slitlamp.experiments.datasets import Dataset, Item
 from slitlamp.experiments.folder import CONFIG, ENVIRONMENT, PREDICTIONS, TABLES, Unit, UnitResult
 from slitlamp.experiments.models import load_model
 from slitlamp.experiments.plan import Plan
-from slitlamp.experiments.probing import (
-    Measured,
-    causal_tables,
-    encoded,
-    give_source,
-    joined,
-    labels_of,
-    with_causal_sentences,
-)
+from slitlamp.experiments.probing import Measured, encoded, give_source, joined, labels_of
 from slitlamp.experiments.processes import Processes, started_together
 from slitlamp.experiments.progress import progress_bar
 from slitlamp.experiments.run import Run
@@ -64,7 +57,7 @@ class Runner:
     def run(self) -> Run:
         """Do what is left to do."""
         with started_together() as self._processes, ExitStack() as opened:
-            data = {one.name: one.fingerprint() for one in self.plan.datasets}
+            data = self.plan.fingerprints()
             if not self._open(opened, data):
                 self._work(data)
         return Run(self.folder.path)
@@ -261,8 +254,8 @@ class Runner:
                 tables |= measured.tables() | measured.compared(self._scores(tables))
         if plan.probes and plan.experiment.causal:
             with self._timed("causal checks"):
-                checked = causal_tables(plan, self.vlm, measured, predictions)
-                tables |= checked | with_causal_sentences(tables, checked)
+                checked, unchecked = causal_tables(plan, self.folder, self.vlm, measured, predictions)
+                tables |= checked | with_causal_sentences(tables, checked, unchecked)
         if plan.experiment.showcase:
             with self._timed("showcase"):
                 tables |= make_showcase(plan, self.vlm, predictions, tables)

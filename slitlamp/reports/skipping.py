@@ -166,18 +166,20 @@ def skipping_table(data: RunData) -> pd.DataFrame | None:
 
 
 def mask_table(data: RunData) -> pd.DataFrame | None:
-    """The scores of the conditions that run on a subnetwork of each prompt's tokens, with rule, tokens and sparsity.
+    """The scores of the conditions that run on a subnetwork, with its rule, tokens and sparsity.
 
-    The reference has sparsity 0 and rule "reference". None for a run without such conditions.
+    Those whose masks are from a file, or, where there is none, those with masks of each prompt's own tokens; `tokens` is
+    "file" for the former. The reference has sparsity 0 and rule "reference". None for a run without such conditions.
     """
-    given = {name: one for name, one in _single(data, SubnetMask) if one.masks is None}
+    given: dict[str, SubnetMask] = dict(_single(data, SubnetMask))
+    given = {name: one for name, one in given.items() if one.masks is not None} or given
     table = _scores(data, list(given))
     if not given or table is None:
         return None
     columns = [
         {"rule": "reference", "tokens": "", "sparsity": 0.0}
         if (one := given.get(str(row["condition"]))) is None
-        else {"rule": one.rule, "tokens": one.tokens, "sparsity": one.sparsity}
+        else {"rule": one.rule, "tokens": one.tokens if one.masks is None else "file", "sparsity": one.sparsity}
         for row in table.to_dict("records")
     ]
     return pd.concat([table, pd.DataFrame(columns)], axis=1)
@@ -314,9 +316,12 @@ def subnetworks(data: RunData, width: float) -> Figure | None:
 
 def subnetworks_note(data: RunData) -> str:
     """The caption of `subnetworks`."""
+    table = mask_table(data)
+    filed = table is not None and (table["tokens"] == "file").any()
+    whose = "of the items on which a file of masks was calibrated" if filed else "of the prompt"
     return (
-        "The model with only those weights of its blocks that image and text tokens of the prompt both activate (by Wanda's "
-        "score); across, the share of each row that each kind of tokens drops: what both keep is sparser. The controls keep as "
-        "many weights in every row: the largest, or random ones. Bars are bootstrap intervals over images; the dashed line with "
-        "its band is the model as it is."
+        f"The model with only those weights of its blocks that all kinds of tokens {whose} activate (by Wanda's score); across, "
+        "the share of each row that each kind drops: what all keep is sparser. The controls keep as many weights in every row: "
+        "the largest, or random ones. Bars are bootstrap intervals over images; the dashed line with its band is the model as it "
+        "is."
     )

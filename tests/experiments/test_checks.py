@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from interventions import HeadReinforcement
+from interventions import HeadReinforcement, SubnetMask
 from probes import HeadDivergence
 from slitlamp.errors import InputError, SlitlampError
 from slitlamp.experiments import Dataset, Experiment, runner
@@ -93,11 +93,34 @@ def test_images_prompts_and_folders(captions: Dataset, pope: Dataset, tmp_path: 
             "datasets: [{name: mine, task: pope, questions: ../q.jsonl, images: images}]",
             "'mine', questions: .* lies outside",
         ),
+        (
+            "datasets: [emoji_scenes/captions]\nconditions: {b: [{SubnetMask: {masks: ../alpha.safetensors}}]}",
+            r"intervention SubnetMask, masks: \.\./alpha\.safetensors lies outside",
+        ),
+        (
+            "datasets: [emoji_scenes/captions]\nconditions: {b: [{SubnetMask: {masks: alpha.safetensors}}]}",
+            r"intervention SubnetMask, masks: no such file: .*alpha\.safetensors",
+        ),
     ],
 )
 def test_wrong_configurations(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         Experiment.from_config(parse_config(YamlFile.parse(text)), output=tmp_path / "run", folders=[tmp_path])
+
+
+def test_a_file_of_an_intervention_is_part_of_what_a_run_is(captions: Dataset, tmp_path: Path) -> None:
+    """A run does not go on with other masks under the same name."""
+    path = tmp_path / "alpha.safetensors"
+    found = []
+    for content in (b"one", b"two", b"one"):
+        path.write_bytes(content)
+        experiment = Experiment(
+            "some/model", captions, {"base": [], "masked": [SubnetMask(path)]}, output=tmp_path / "run"
+        )
+        found.append(experiment.check().fingerprints())
+    assert found[0] == found[2] != found[1]
+    assert found[0].keys() == {captions.name, str(path)}
+    assert found[0][captions.name] == found[1][captions.name]
 
 
 def test_take_of_the_experiment_and_of_a_data_set_both_hold() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from slitlamp.errors import InputError, UnknownNameError
 from slitlamp.experiments import registry
+from slitlamp.experiments.places import data_folders
 
 
 @dataclasses.dataclass
@@ -60,6 +62,52 @@ def test_unknown_names_and_things_that_are_no_probe(points: list[metadata.EntryP
     points.append(metadata.EntryPoint("NotOne", "builtins:print", "slitlamp.probes"))
     with pytest.raises(InputError, match="is not a dataclass"):
         registry.find("probe", "NotOne")
+
+
+@dataclasses.dataclass
+class Filed:
+    """A component that reads a file."""
+
+    weights: str | Path | None = None
+    more: Path | None = None
+    name: str = "weights.bin"
+
+
+def test_files_that_a_configuration_names_lie_in_its_folders(tmp_path: Path) -> None:
+    near, far = tmp_path / "near", tmp_path / "far"
+    for folder in (near, far):
+        folder.mkdir()
+        (folder / "weights.bin").touch()
+
+    def build(**parameters: str | None) -> Any:
+        return registry.build("probe", "Filed", Filed, parameters, [near])
+
+    made = build(weights="weights.bin", more=None, name="weights.bin")
+    assert made == Filed(weights=near / "weights.bin", name="weights.bin")
+    assert list(registry.files_of(made)) == [near / "weights.bin"]
+    for key in ("weights", "more"):
+        for outside in ("../far/weights.bin", str(far / "weights.bin")):
+            with pytest.raises(InputError, match=f"probe Filed, {key}: .* lies outside the folders"):
+                build(**{key: outside})
+        with pytest.raises(InputError, match=f"probe Filed, {key}: no such file: .*none.bin"):
+            build(**{key: "none.bin"})
+    assert (
+        registry.build("probe", "Filed", Filed, {"weights": "none.bin"}).weights == "none.bin"
+    )  # from Python: as given
+
+
+def test_files_are_recorded_as_seen_from_where_they_are_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No folder of this machine goes into a run's configuration where it need not."""
+    (shipped,) = data_folders("experiments")[:1]
+    monkeypatch.chdir(tmp_path)
+    for path, expected in (
+        (shipped / "masks" / "one.safetensors", "masks/one.safetensors"),
+        (tmp_path / "own" / "two.safetensors", "own/two.safetensors"),
+        (tmp_path.parent / "three.safetensors", str(tmp_path.parent / "three.safetensors")),
+    ):
+        assert registry.describe(Filed(weights=path))["Filed"]["weights"] == expected
 
 
 def test_two_packages_with_one_name(points: list[metadata.EntryPoint]) -> None:

@@ -170,6 +170,13 @@ def test_what_cannot_be_masked_is_refused(llava: VLM, batch: Batch, tmp_path: Pa
     wrong = save_masks(tmp_path / "wrong.safetensors", {"0.q": masks["0.q"][:, :-1]})
     with pytest.raises(InputError, match="another model"), llava.apply(SubnetMask(masks=str(wrong))):
         llava.forward(batch)
+    sparse = save_masks(tmp_path / "sparse.safetensors", masks, sparsity="0.3")
+    with (
+        pytest.raises(InputError, match=r"made at sparsity 0\.3, found sparsity=0\.5"),
+        llava.apply(SubnetMask(sparse)),
+    ):
+        pass
+    SubnetMask(sparse, sparsity=0.3).check(llava.anatomy)
     with pytest.raises(InputError, match="no file of masks"), llava.apply(SubnetMask(masks="nowhere.safetensors")):
         pass
     with pytest.raises(UnknownNameError, match="magnitude"), llava.apply(SubnetMask(rule="magnitudes")):  # type: ignore[arg-type]

@@ -87,6 +87,8 @@ def test_the_wheel_installs_three_packages_only(names: set[str]) -> None:
         ("slitlamp/data/emoji_scenes/", ".jsonl"),
         ("slitlamp/data/emoji_scenes/", ".md"),
         ("slitlamp/data/experiments/", ".yaml"),
+        ("slitlamp/data/experiments/masks/", ".safetensors"),
+        ("slitlamp/data/experiments/masks/", ".md"),
     ],
 )
 def test_the_wheel_carries(names: set[str], folder: str, ending: str) -> None:

@@ -27,7 +27,6 @@ CONDITIONS: dict[str, list[Any]] = {
     "both": [{"SkipPerceptual": {}}, {"HeadReinforcement": {}}],
     "alpha_0.3": [{"SubnetMask": {"sparsity": 0.3}}],
     "alpha_0.5": [{"SubnetMask": {"sparsity": 0.5}}],
-    "from_file": [{"SubnetMask": {"masks": "alpha.safetensors"}}],
 }
 CONTROLS = {
     "ffn_every_random": "ffn_every",
@@ -119,6 +118,21 @@ def test_masks_of_prompts_and_their_controls(run: RunData) -> None:
         ("alpha_0.5", "wanda", "both", 0.5),
         ("alpha_0.5_magnitude", "magnitude", "both", 0.5),
     ]
+
+
+def test_masks_of_a_file_are_shown_by_themselves(run: RunData) -> None:
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    config["conditions"]["alpha_0.5"] = [{"SubnetMask": {"masks": "some/alpha.safetensors", "sparsity": 0.5}}]
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    table = skipping.mask_table(RunData(run.folder))
+    assert table is not None
+    rows = table.drop_duplicates("condition").set_index("condition")[["rule", "tokens", "sparsity"]]
+    assert [tuple(row) for row in rows.itertuples()] == [
+        ("baseline", "reference", "", 0.0),
+        ("alpha_0.5", "wanda", "file", 0.5),
+        ("alpha_0.5_magnitude", "magnitude", "file", 0.5),
+    ]
+    assert "a file of masks was calibrated" in skipping.subnetworks_note(RunData(run.folder))
 
 
 @pytest.mark.parametrize("draw", [skipping.skipped_operations, skipping.skipped_from, skipping.subnetworks])

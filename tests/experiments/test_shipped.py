@@ -1,0 +1,87 @@
+"""The experiments that come with slitlamp: each is right as far as can be seen without running it, and so are their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from interventions import SubnetMask
+from probes import Subnetworks
+from probes.wanda import load_masks
+from slitlamp.errors import MissingModelError
+from slitlamp.experiments import Experiment, load_dataset, read_config
+from slitlamp.experiments.conditions import make_conditions
+from slitlamp.experiments.places import data_folders
+from slitlamp.organism.training import TrainingConfig
+from slitlamp.vlm import VLM
+
+FOLDER = data_folders("experiments")[0]
+MASKS = sorted((FOLDER / "masks").glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def organism() -> VLM:
+    return VLM.organism()
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_fits_the_embedded_model(
+    path: Path, organism: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names, parameters, files and data sets; only the checkpoints of a training may be missing."""
+    monkeypatch.chdir(tmp_path)
+    made = Experiment.from_config(read_config(path), output=tmp_path / "run", folders=[FOLDER])
+    missing = ""
+    try:
+        made.prepare()
+    except MissingModelError as error:
+        missing = str(error)
+    assert not missing or "`slitlamp train-organism`" in missing
+    for condition in make_conditions(made.conditions, made.controls):
+        for one in condition.interventions:
+            one.check(organism.anatomy)
+    for probe in made.probes:
+        probe.sites(organism.anatomy)
+
+
+def test_the_checkpoints_are_those_that_a_training_leaves() -> None:
+    config = TrainingConfig()
+    steps = [*config.checkpoint_steps("joint"), config.joint_steps]
+    models = read_config(FOLDER / "ima_fig7_checkpoints.yaml").models
+    assert models is not None
+    assert [one.id for one in models] == [*(f"runs/organism/checkpoints/step-{step:05d}" for step in steps), "organism"]
+
+
+def test_masks_were_calibrated_on_other_images_than_they_are_measured_on() -> None:
+    calibrated = {
+        path
+        for name, n_images in (("emoji_scenes/captions", 128), ("emoji_scenes/pope_random", 64))
+        for path in load_dataset(name).images[-n_images:]
+    }
+    measured = Experiment.from_config(read_config(FOLDER / "ima_fig12_subnet.yaml"), folders=[FOLDER]).dataset
+    assert len(calibrated) == 128
+    assert all(calibrated.isdisjoint(data.images) for data in measured)  # type: ignore[union-attr]
+    card = (FOLDER / "masks" / "README.md").read_text()
+    assert '("emoji_scenes/captions", 128' in card
+    assert '("emoji_scenes/pope_random", 64' in card
+
+
+@pytest.mark.parametrize("path", MASKS, ids=lambda path: path.stem)
+def test_masks_are_of_the_weights_that_the_embedded_model_activates(path: Path, organism: VLM) -> None:
+    """Of eight captions' prompts alone, so not to the bit: the masks that four kinds of tokens share lie within those of two.
+
+    The masks of a model trained anew would share with them what chance gives, the share that is kept.
+    """
+    sparsity = float(path.stem.removeprefix("alpha_"))
+    SubnetMask(path, sparsity=sparsity).check(organism.anatomy)
+    probe = Subnetworks()
+    items = load_dataset("emoji_scenes/captions").items[-8:]
+    batch = organism.encode(images=[one.image for one in items], prompts=[one.prompt for one in items])
+    organism.measure(probe, batch)
+    sets = [probe.token_set(kind) for kind in ("image", "text")]
+    for key, mask in load_masks(path).items():
+        found = torch.stack([one.masks(key, [sparsity])[0] for one in sets]).all(dim=0)
+        assert found[mask].float().mean() > 0.85, key
+        assert found.float().mean() < 1 - sparsity + 1e-6
