@@ -82,8 +82,11 @@ def histogram(top: Array, texts: Array, groups: Array, bootstrap: Bootstrap, n_i
             for depth in (1, TOP):
                 ids = top[:, modality, :, layer, :depth]
                 count = (ids[..., 0] >= 0).sum(axis=1)
-                listed, totals = np.unique(ids[ids >= 0], return_counts=True)
-                listed = listed[np.lexsort((listed, -totals))][:n_ids]
+                there = ids >= 0
+                # by the mean share, to which every item adds the same however many tokens it has
+                totals = np.bincount(ids[there], weights=np.broadcast_to(1 / count[:, None, None], ids.shape)[there])
+                listed = np.argsort(-totals, kind="stable")[:n_ids]
+                listed = listed[totals[listed] > 0]
                 shares = np.stack([(ids == one).any(axis=2).sum(axis=1) / count for one in listed], axis=1)
                 table = bootstrap.mean(shares, groups)
                 keys = {
