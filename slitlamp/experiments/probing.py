@@ -1,4 +1,4 @@
-"""What the probes of an experiment found: their tables, what their parts say together, and whether it is causal."""
+"""What the probes of an experiment take in and found: labelled texts, their tables, what their parts say together."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from slitlamp.causal import causal_check, causal_sentences
+from slitlamp.decoding.generation import token_spans
+from slitlamp.errors import InputError
 from slitlamp.experiments import storage
 from slitlamp.experiments.datasets import Dataset, Item
 from slitlamp.experiments.folder import RunFolder
 from slitlamp.experiments.labels import answer_labels, token_labels
+from slitlamp.models import Batch
 from slitlamp.tracing import Part, Probe
 from slitlamp.tracing.trace import Source
 
 if TYPE_CHECKING:
-    from slitlamp.experiments.plan import Plan
     from slitlamp.vlm import VLM
 
 Tables = dict[str, pd.DataFrame]
-CAUSAL_ITEMS = 100
-"""Most items on which a finding is checked causally."""
 
 
 @dataclass
@@ -47,7 +46,7 @@ class Measured:
                 result = probe.result()
                 found = {**result.tables, "summary": pd.DataFrame({"summary": [result.summary]})}
                 for name, frame in found.items():
-                    frames.setdefault(f"{key}_{name}", []).append(_in_front(frame, part))
+                    frames.setdefault(f"{key}_{name}", []).append(in_front(frame, part))
         return {name: pd.concat(each, ignore_index=True) for name, each in frames.items()}
 
     def compared(self, scores: pd.DataFrame | None) -> Tables:
@@ -68,7 +67,7 @@ class Measured:
                 storage.write_arrays(folder.state_path(key, part.condition, part.dataset), probe.state())
 
 
-def _in_front(frame: pd.DataFrame, part: Part) -> pd.DataFrame:
+def in_front(frame: pd.DataFrame, part: Part) -> pd.DataFrame:
     """The frame with its condition and data set in front."""
     return pd.concat(
         [
@@ -113,48 +112,54 @@ def labels_of(
     return [token_labels(text, span, item.image_id, data.truth, data.synonyms) for item, text, span in rows]
 
 
-def causal_tables(
-    plan: Plan, vlm: VLM, measured: Measured, predictions: Mapping[tuple[str, str], pd.DataFrame]
-) -> Tables:
-    """`<key>_causal` of every probe whose finding is a place, on the text of the first part that it measured."""
-    one = plan.experiment
-    options: dict[str, Any] = {"n_resamples": one.n_resamples, "level": one.level, "seed": one.seed}
-    limit = CAUSAL_ITEMS if isinstance(one.causal, bool) else one.causal
-    tables: Tables = {}
-    for key, parts in measured.probes.items():
-        part, probe = next(iter(parts.items()))
-        targets = give_source(probe, vlm).causal_targets(vlm.anatomy)
-        if targets:
-            data = next(data for data in plan.datasets if data.name == part.dataset)
-            batches = _batches(plan, vlm, data, predictions[part.condition, part.dataset], limit)
-            with vlm.apply(*plan.condition(part.condition).interventions):
-                tables[f"{key}_causal"] = _in_front(causal_check(vlm, targets, batches, **options), part)
-    return tables
+def labelled_batches(
+    vlm: VLM, data: Dataset, predictions: pd.DataFrame, *, batch_size: int = 16
+) -> Iterator[tuple[Batch, list[pd.DataFrame | None]]]:
+    """Texts about the items of a data set, as teacher-forced batches with the labels of their tokens: what probes take in.
 
+    The texts may come from anywhere: the predictions of a saved run, another system's captions, or your own.
 
-def with_causal_sentences(tables: Tables, checked: Tables) -> Tables:
-    """The tables `<key>_summary` of the probes that were checked, saying whether the finding is causal."""
-    changed = {}
-    for name, table in checked.items():
-        key = name.removesuffix("_causal")
-        summary = tables[f"{key}_summary"].copy()
-        said = " ".join(causal_sentences(table))
-        summary.loc[0, "summary"] = f"{summary.loc[0, 'summary']} Causal check: {said}"
-        changed[f"{key}_summary"] = summary
-    return changed
+        for batch, labels in labelled_batches(vlm, data, load_run("runs/captions").predictions):
+            vlm.measure(probe, batch, labels)
 
+    Args:
+        vlm: the model whose states are to be read; it need not have written the texts.
+        data: the images, the prompts, and what is in the images.
+        predictions: a row per text: `item` (the id of an item), and `tokens` (ids of this model's tokenizer) or `text`.
+            Where there is a column `dataset`, rows of other data sets are left out; texts of one `condition` only.
+        batch_size: texts per batch.
 
-def _batches(plan: Plan, vlm: VLM, data: Dataset, rows: pd.DataFrame, limit: int) -> Iterator[tuple[Any, Any]]:
-    """The stored texts again, as teacher-forced batches with their labels."""
-    from slitlamp.decoding.generation import token_spans
-
-    size = plan.experiment.batch_size
-    items, tokens = data.items[:limit], [[int(token) for token in row] for row in rows["tokens"]]
-    for start in range(0, len(items), size):
-        chosen = items[start : start + size]
-        ids = tokens[start : start + len(chosen)]
-        decoded = [token_spans(vlm.tokenizer, row) for row in ids]
-        batch = encoded(vlm, chosen).with_continuation(ids)
+    Raises:
+        InputError: no row of this data set, rows of several conditions, items that it lacks or that occur twice, or
+            neither tokens nor texts.
+    """
+    rows = predictions
+    if "dataset" in rows:
+        rows = rows[rows["dataset"] == data.name]
+    if "condition" in rows and rows["condition"].nunique() > 1:
+        raise InputError(
+            f"texts of several conditions, take one: found {', '.join(map(str, rows['condition'].unique()))}"
+        )
+    if "item" not in rows or not {"tokens", "text"} & set(rows):
+        raise InputError(f"predictions need columns item, and tokens or text: found {', '.join(map(str, rows))}")
+    named = [str(one) for one in rows["item"]]
+    place = {name: row for row, name in enumerate(named)}
+    items = [item for item in data.items if item.id in place]
+    if len(items) < max(len(named), 1):
+        odd = sorted(set(named) - {item.id for item in items}) or sorted({one for one in named if named.count(one) > 1})
+        raise InputError(
+            f"each row must be a text about another item of {data.name!r}: found {len(named)} rows, of which these are none "
+            f"or are repeated: {', '.join(odd[:5])}"
+        )
+    if "tokens" in rows:
+        ids = [[int(token) for token in row] for row in rows["tokens"]]
+    else:
+        ids = [list(vlm.tokenizer(str(text), add_special_tokens=False)["input_ids"]) for text in rows["text"]]
+    for start in range(0, len(items), batch_size):
+        chosen = items[start : start + batch_size]
+        tokens = [ids[place[item.id]] for item in chosen]
+        decoded = [token_spans(vlm.tokenizer, row) for row in tokens]
+        batch = encoded(vlm, chosen).with_continuation(tokens)
         yield batch, labels_of([text for text, _ in decoded], [spans for _, spans in decoded], data, chosen)
 
 
