@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slitlamp.evaluation.statistics import Interval, cluster_bootstrap, ratio
+from slitlamp.evaluation.statistics import cluster_bootstrap, cluster_means, ratio
 from slitlamp.tracing.probe import Array
 
 Reduction = Literal["avg", "mean", "median", "max", "min", "max_mean"]
@@ -240,22 +240,12 @@ def mean_intervals(values: Array, groups: Array, *, n_resamples: int, seed: int)
     Returns:
         k rows: value, low, high, n_items.
     """
-    wide = values.astype(np.float64)
-    there = ~np.isnan(wide)
-    names, index = np.unique(groups, return_inverse=True)
-    sums = _group_sums(index, len(names), np.hstack([np.where(there, wide, 0.0), there]).T)
-    found = cluster_bootstrap(
-        sums,
-        lambda total: ratio(*np.split(total, 2, axis=-1)),
-        n_resamples=n_resamples,
-        seed=seed,
-    )
-    intervals = [found] if isinstance(found, Interval) else found
+    intervals = cluster_means(values, groups, n_resamples=n_resamples, seed=seed)
     return pd.DataFrame(
         {
             "value": [one.value for one in intervals],
             "low": [one.low for one in intervals],
             "high": [one.high for one in intervals],
-            "n_items": there.sum(axis=0),
+            "n_items": (~np.isnan(values)).sum(axis=0),
         }
     )

@@ -29,7 +29,7 @@ from probes.knockout_flows import (
 )
 from slitlamp.decoding.edits import knock_out
 from slitlamp.errors import InputError, unknown
-from slitlamp.evaluation.statistics import Interval, benjamini_hochberg, cluster_bootstrap, ratio
+from slitlamp.evaluation.statistics import Interval, benjamini_hochberg, cluster_bootstrap, cluster_sums, ratio
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import AnyEdit, CausalTarget, GatheringProbe, ProbeResult, Site, Trace, View
 from slitlamp.tracing.probe import N_DRAWS, Array, EditsOf, Labels
@@ -181,8 +181,9 @@ class AttentionKnockout(GatheringProbe):
             return np.concatenate([cut, control, cut - control], axis=-1)
 
         groups = self._get("group")
-        sums = pd.DataFrame(sums).groupby(groups, sort=False).sum().to_numpy()
-        found = cluster_bootstrap(sums, means, n_resamples=self.n_resamples, seed=self.seed, p_value=True)
+        found = cluster_bootstrap(
+            cluster_sums(sums, groups), means, n_resamples=self.n_resamples, seed=self.seed, p_value=True
+        )
         assert isinstance(found, list)
         cut, control, difference = found[:count], found[count : 2 * count], found[2 * count :]
         window = self._get("window")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from slitlamp.evaluation.statistics import FloatArray, Interval, cluster_bootstrap, ratio
+from slitlamp.evaluation.statistics import FloatArray, Interval, cluster_means, cluster_sums
 from slitlamp.tracing.probe import Array
 
 
@@ -31,28 +31,14 @@ class Images:
 
     def sums(self, values: FloatArray) -> FloatArray:
         """Values [item, ...] added up over the items of each image: [image, ...]."""
-        names, index = np.unique(self.group, return_inverse=True)
-        total = np.zeros((len(names), *values.shape[1:]))
-        np.add.at(total, index, values)
-        return total
+        return cluster_sums(values, self.group)
 
     def means(self, values: ArrayLike, *, p_value: bool = False) -> list[Interval]:
         """The mean over items of each column of [item, k] with its interval; NaN entries are left out.
 
         A column without a value gives NaN.
         """
-        array = np.asarray(values, dtype=np.float64)
-        known, width = np.isfinite(array), array.shape[1]
-        if not known.any():
-            return [Interval(np.nan, np.nan, np.nan, 0, p=np.nan if p_value else None)] * width
-        found = cluster_bootstrap(
-            self.sums(np.hstack([np.where(known, array, 0), known])),
-            lambda total: ratio(total[..., :width], total[..., width:]),
-            n_resamples=self.n_resamples,
-            seed=self.seed,
-            p_value=p_value,
-        )
-        return found if isinstance(found, list) else [found]
+        return cluster_means(values, self.group, n_resamples=self.n_resamples, seed=self.seed, p_value=p_value)
 
     def table(self, values: ArrayLike, name: str = "mean") -> pd.DataFrame:
         """The same, one row per column: `name`, low, high, n_items."""

@@ -28,6 +28,7 @@ from probes.linear_directions import (
 from probes.logistic_solver import as_features
 from probes.mlp_fits import MlpOptions
 from slitlamp.errors import InputError, unknown
+from slitlamp.evaluation.permutation import exceedance_p
 
 __all__ = [
     "DEFAULT_STRENGTHS",
@@ -98,20 +99,16 @@ class CrossValidated:
 
     @property
     def p(self) -> Tensor:
-        """[layer] share of permutations with at least this AUROC, one added above and below; NaN without permutations."""
-        n = self.null_auroc.shape[1]
-        if not n:
-            return torch.full_like(self.auroc, float("nan"))
-        return (1 + (self.null_auroc >= self.auroc[:, None] - 1e-12).sum(dim=1)).double() / (1 + n)
+        """[layer] share of permutations with at least this AUROC (`exceedance_p`); NaN without permutations."""
+        return torch.from_numpy(exceedance_p(self.auroc, self.null_auroc))
 
     @property
     def p_any_layer(self) -> Tensor:
         """[layer] the same against the largest AUROC over the layers of each permutation: holds for all layers at once."""
-        n = self.null_auroc.shape[1]
-        if not n:
+        if not self.null_auroc.shape[1]:
             return torch.full_like(self.auroc, float("nan"))
         most = self.null_auroc.amax(dim=0)
-        return (1 + (most >= self.auroc[:, None] - 1e-12).sum(dim=1)).double() / (1 + n)
+        return torch.from_numpy(exceedance_p(self.auroc, most.expand(len(self.auroc), -1)))
 
 
 def cross_validated(

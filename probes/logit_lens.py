@@ -13,7 +13,7 @@ from probes.lens_readout import IMAGE_METRICS, PLACES, TEXT_METRICS, at_object, 
 from probes.patching_places import boxes_of, category_of
 from slitlamp.decoding.edits import skip_block
 from slitlamp.errors import InputError
-from slitlamp.evaluation.statistics import Interval, benjamini_hochberg, cluster_bootstrap, ratio
+from slitlamp.evaluation.statistics import Interval, benjamini_hochberg, cluster_bootstrap, cluster_sums, ratio
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import CausalTarget, GatheringProbe, ProbeResult, Site, Trace
 from slitlamp.tracing.probe import N_DRAWS, Array, EditsOf, Labels
@@ -202,8 +202,9 @@ class LogitLens(GatheringProbe):
         return table, contrast.assign(**numbers)
 
     def _intervals(self, sums: Array, groups: Array, statistic: Any) -> list[Interval]:
-        sums = pd.DataFrame(sums).groupby(groups, sort=False).sum().to_numpy()
-        found = cluster_bootstrap(sums, statistic, n_resamples=self.n_resamples, seed=self.seed, p_value=True)
+        found = cluster_bootstrap(
+            cluster_sums(sums, groups), statistic, n_resamples=self.n_resamples, seed=self.seed, p_value=True
+        )
         return found if isinstance(found, list) else [found]
 
     def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:

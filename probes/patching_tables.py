@@ -15,6 +15,7 @@ from slitlamp.evaluation.statistics import (
     Interval,
     benjamini_hochberg,
     cluster_bootstrap,
+    cluster_sums,
     correlation_interval,
     ratio,
 )
@@ -58,8 +59,9 @@ class Gathered:
             return ratio(total[..., :count], total[..., count:])
 
         sums = np.hstack([values * weights, weights.astype(np.float64)])
-        sums = pd.DataFrame(sums).groupby(self.groups, sort=False).sum().to_numpy()
-        found = cluster_bootstrap(sums, mean, n_resamples=self.n_resamples, seed=self.seed, p_value=True)
+        found = cluster_bootstrap(
+            cluster_sums(sums, self.groups), mean, n_resamples=self.n_resamples, seed=self.seed, p_value=True
+        )
         return found if isinstance(found, list) else [found]
 
 

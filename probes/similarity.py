@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 from slitlamp.errors import InputError
+from slitlamp.evaluation.jackknife import group_jackknife
+from slitlamp.evaluation.permutation import exceedance_p
 from slitlamp.evaluation.statistics import FloatArray
 
 MEASURES = ("cka", "cka_unbiased", "svcca", "procrustes", "mutual_knn")
@@ -122,8 +123,8 @@ def measured(
 ) -> Similarity:
     """Measure a similarity.
 
-    A bootstrap would draw items twice, and a copy is its own neighbour; so the interval is the delete-one-part jackknife's
-    (Student's t, parts - 1 degrees of freedom).
+    A bootstrap would draw items twice, and a copy is its own neighbour; so the interval is the jackknife's, which leaves out one
+    part at a time (`group_jackknife`).
 
     Args:
         x, y: states of the same items.
@@ -133,13 +134,12 @@ def measured(
         level: of the interval.
     """
     value = measure(x, y)
-    parts = np.unique(part)
-    half = float("nan")
+    parts, sizes = np.unique(part, return_counts=True)
+    low = high = float("nan")
     if len(parts) > 2:  # of two, one alone is left, which has no geometry
-        left = np.array([measure(x[torch.from_numpy(part != one)], y[torch.from_numpy(part != one)]) for one in parts])
-        error = np.sqrt((len(parts) - 1) / len(parts) * np.square(left - left.mean()).sum())
-        half = float(stats.t.ppf((1 + level) / 2, len(parts) - 1) * error)
+        left = [measure(x[torch.from_numpy(part != one)], y[torch.from_numpy(part != one)]) for one in parts]
+        interval = group_jackknife(value, left, sizes, level=level)
+        low, high = interval.low, interval.high
     null = np.array([measure(x, y[order]) for order in permutations])
-    p = float((1 + (null >= value - 1e-12).sum()) / (1 + len(null)))
-    high = float(np.quantile(null, 0.95)) if len(null) else float("nan")
-    return Similarity(value, value - half, value + half, float(null.mean()) if len(null) else float("nan"), high, p)
+    drawn = (null.mean(), np.quantile(null, 0.95)) if len(null) else (np.nan, np.nan)
+    return Similarity(value, low, high, *map(float, drawn), float(exceedance_p(value, null)))

@@ -68,7 +68,9 @@ def steering_vector(states: Tensor, positive: Array, group: Array, method: str, 
 class SteeringVectors(GatheringProbe):
     """Directions from one kind of state to another, how well they tell new images apart, and how alike they are.
 
-    `causal_targets` adds the direction to the residual stream, and takes it out, against random directions of equal length.
+    `causal_targets` adds the direction to the residual stream, and takes it out, against random directions and those of
+    shuffled labels. The interval of the AUROC takes the directions of the folds as given: where there is nothing to find it
+    lies above 1/2 in about 12 % of data sets (60 images of 4 samples), not in 2.5 %; `LinearProbe` has p values instead.
 
     Attributes:
         target: as in `LinearProbe`; of several values the most common against the rest.

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slitlamp.errors import InputError
-from slitlamp.evaluation.statistics import Interval, cluster_bootstrap, ratio
+from slitlamp.evaluation.permutation import exceedance_p
+from slitlamp.evaluation.statistics import Interval, cluster_bootstrap, cluster_sums, ratio
 from slitlamp.models import Batch
 from slitlamp.tracing import CausalTarget, sites
 from slitlamp.tracing.probe import EditsOf, Labels
@@ -104,11 +105,10 @@ def causal_check(
                 gathered[number][draw].append(_sums(batch, rows, plain, edited))
     if not groups:
         raise InputError("no batch holds a generated token to look at")
-    index = np.unique(np.array(groups), return_inverse=True)[1]
     options = {"n_resamples": n_resamples, "level": level, "seed": seed}
     tables = []
     for target, draws in zip(targets, gathered, strict=True):
-        by_group = [_by_group(np.concatenate(parts), index) for parts in draws]
+        by_group = [cluster_sums(np.concatenate(parts), groups) for parts in draws]
         tables.append(_table(target, by_group[0], np.stack(by_group[1:]), options))
     return pd.concat(tables, ignore_index=True)
 
@@ -147,12 +147,6 @@ def _sums(batch: Batch, rows: Sequence[_Row], plain: Tensor, edited: Tensor) -> 
     return result
 
 
-def _by_group(sums: _Sums, index: NDArray[np.int64]) -> _Sums:
-    result = np.zeros((index.max() + 1, sums.shape[1]))
-    np.add.at(result, index, sums)
-    return result
-
-
 def _effects(sums: _Sums) -> _Sums:
     """[..., 6] to the four outcomes [..., 4]."""
     kl = ratio(sums[..., 1], sums[..., 0])
@@ -181,7 +175,7 @@ def _table(target: CausalTarget, sums: _Sums, draws: _Sums, options: dict[str, f
         if np.isnan(effect.value):
             continue
         share = found[3 * n_outcomes] if outcome == "kl" else Interval(np.nan, np.nan, np.nan, effect.n)
-        exceeded = int((np.abs(each[:, place]) < np.abs(own[place])).sum())
+        exceeded = int((np.abs(each[:, place]) < np.abs(own[place]) * (1 - 1e-12)).sum())
         rows.append(
             {
                 "target": target.name,
@@ -193,7 +187,7 @@ def _table(target: CausalTarget, sums: _Sums, draws: _Sums, options: dict[str, f
                 **_columns("ratio", share, bare=False),
                 "draws_exceeded": exceeded,
                 "n_draws": len(draws),
-                "p": (1 + len(draws) - exceeded) / (1 + len(draws)),
+                "p": float(exceedance_p(np.abs(own[place]), np.abs(each[:, place]))),
                 "n_groups": len(sums),
                 "n_tokens": int(sums[:, 0].sum()),
                 "finding": _finding(
@@ -222,12 +216,11 @@ def _finding(one: Interval, outcome: str, effect: float, draws: NDArray[np.float
         return "not told from random"
     enough = 1 / (1 + len(draws)) <= 1 - one.level + 1e-9
     against = "random" if enough else "every control"
+    least = 1 - one.level if enough else 1 / (1 + len(draws))
     # differences of signed outcomes may lie on either side; the sizes say which of the two is larger
-    n_as_large, n_as_small = (draws >= effect).sum(), (draws <= effect).sum()
-    allowed = (1 - one.level + 1e-9) * (1 + len(draws)) if enough else 1
-    if 1 + n_as_large <= allowed:
+    if exceedance_p(effect, draws) <= least + 1e-9:
         return f"more than {against}"
-    if 1 + n_as_small <= allowed:
+    if exceedance_p(-effect, -draws) <= least + 1e-9:
         return f"less than {against}"
     return "not told from random"
 

@@ -21,6 +21,7 @@ from slitlamp.evaluation.operating_points import (
     operating_point,
     threshold_at_fpr,
 )
+from slitlamp.evaluation.permutation import PermutationTest, exceedance_p, permutation_test
 from slitlamp.evaluation.pope import (
     PopeQuestion,
     build_pope,
@@ -36,13 +37,13 @@ from slitlamp.evaluation.pope import (
 from slitlamp.evaluation.statistics import (
     Interval,
     McNemar,
-    PermutationTest,
     benjamini_hochberg,
     cluster_bootstrap,
+    cluster_means,
+    cluster_sums,
     correlation_interval,
     mcnemar,
     paired_bootstrap,
-    permutation_test,
 )
 
 __all__ = [
@@ -65,8 +66,11 @@ __all__ = [
     "chair_rows",
     "chair_scores",
     "cluster_bootstrap",
+    "cluster_means",
+    "cluster_sums",
     "correlation_interval",
     "detection_table",
+    "exceedance_p",
     "expected_calibration_error",
     "matched_recall",
     "mcnemar",

@@ -1,5 +1,7 @@
 """Intervals and tests: cluster bootstrap on sufficient statistics, paired comparisons, correlations, FDR.
 
+Permutation tests are in `permutation`, the jackknife in `jackknife`, what rests on ranks of scores in `detection`.
+
 A metric here is a function of summed counts (for example hallucinated mentions over mentions). Summing the counts per
 image first makes resampling whole images one matrix product, and keeps the dependence within an image in the interval.
 """
@@ -71,13 +73,53 @@ def cluster_bootstrap(
     `p_value` adds the two-sided p of the value against zero: twice the smaller share of resamples at or beyond zero,
     with one added to numerator and denominator, so that it is never zero; 1 where all resamples are zero.
     """
-    counts = _counts(sums)
+    counts = as_counts(sums)
     _check_bootstrap(level, n_resamples, method)
     observed = _evaluate(statistic, counts.sum(axis=0))
     draws = np.concatenate([_evaluate(statistic, total) for total in _resampled(counts, n_resamples, seed)])
     jackknife = _evaluate(statistic, counts.sum(axis=0) - counts) if method == "bca" else None
     intervals = _intervals(observed, draws, len(counts), level, method, jackknife, p_value)
     return intervals if observed.ndim else intervals[0]
+
+
+def cluster_sums(values: ArrayLike, cluster: ArrayLike) -> FloatArray:
+    """Values [item, ...] added up over the items of each cluster: [cluster, ...], clusters in the order of their names."""
+    array = np.asarray(values, dtype=np.float64)
+    names, index = np.unique(np.asarray(cluster), return_inverse=True)
+    if index.shape != array.shape[:1]:
+        raise InputError(
+            f"need the cluster of every item: found {index.size} clusters for values of shape {array.shape}"
+        )
+    sums = np.zeros((len(names), *array.shape[1:]))
+    np.add.at(sums, index, array)
+    return sums
+
+
+def cluster_means(
+    values: ArrayLike,
+    cluster: ArrayLike,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    method: BootstrapMethod = "percentile",
+    p_value: bool = False,
+) -> list[Interval]:
+    """The mean over items of each column of [item, k], with whole clusters resampled; NaN entries are left out.
+
+    Of an item that is measured k times as often as another, all k count. A column without a value gives NaN. The rest as
+    in `cluster_bootstrap`.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 2:
+        raise InputError(f"cluster_means needs values of shape [item, k]: found shape {array.shape}")
+    known = ~np.isnan(array)
+    found = cluster_bootstrap(
+        cluster_sums(np.hstack([np.where(known, array, 0.0), known]), cluster),
+        lambda total: ratio(*np.split(total, 2, axis=-1)),
+        level=level, n_resamples=n_resamples, seed=seed, method=method, p_value=p_value,
+    )  # fmt: skip
+    return found if isinstance(found, list) else [found]
 
 
 def paired_bootstrap(
@@ -94,7 +136,7 @@ def paired_bootstrap(
 
     `sums_a` and `sums_b` `[cluster, k]` list the same clusters in the same order; the rest as in `cluster_bootstrap`.
     """
-    a, b = _counts(sums_a), _counts(sums_b)
+    a, b = as_counts(sums_a), as_counts(sums_b)
     if a.shape != b.shape:
         raise InputError(
             f"paired_bootstrap needs the same clusters on both sides: found shapes {a.shape} and {b.shape}"
@@ -184,60 +226,6 @@ def correlation_interval(
     return Interval(r, float(np.tanh(np.arctanh(r) - half)), float(np.tanh(np.arctanh(r) + half)), n, level, method, p)
 
 
-@dataclass(frozen=True)
-class PermutationTest:
-    """statistic(b) - statistic(a), its two-sided p value, and how many permutations (all of them where `exact`)."""
-
-    value: float
-    p: float
-    n_permutations: int
-    exact: bool
-
-
-def permutation_test(
-    sums_a: ArrayLike,
-    sums_b: ArrayLike,
-    statistic: Statistic,
-    *,
-    paired: bool = True,
-    n_permutations: int = 10_000,
-    seed: int = 0,
-) -> PermutationTest:
-    """Two-sided permutation test of statistic(b) - statistic(a) on counts `[cluster, k]`, clusters kept whole.
-
-    Paired: the two conditions are swapped within clusters; all 2^clusters swaps are made where they are no more than
-    `n_permutations`. Unpaired: clusters are dealt out again to the two groups, at random. Random permutations add the
-    observed one to numerator and denominator. The statistic has one value; NaN in a permutation is an error.
-    """
-    a, b = _counts(sums_a), _counts(sums_b)
-    if a.shape[1] != b.shape[1] or (paired and len(a) != len(b)):
-        raise InputError(f"permutation_test needs matching counts on both sides: found shapes {a.shape} and {b.shape}")
-    if n_permutations < 1:
-        raise InputError(f"n_permutations must be at least 1: found {n_permutations}")
-    rng = np.random.default_rng(seed)
-    total = a.sum(axis=0) + b.sum(axis=0)
-    exact = paired and len(a) < 63 and 2 ** len(a) <= n_permutations
-    if exact:
-        n_permutations = 2 ** len(a)
-        swaps = (np.arange(n_permutations)[:, None] >> np.arange(len(a))) & 1
-        sums = b.sum(axis=0) + swaps @ (a - b)
-    elif paired:
-        sums = b.sum(axis=0) + rng.integers(0, 2, size=(n_permutations, len(a))) @ (a - b)
-    else:
-        pooled = np.concatenate([a, b])
-        member = np.zeros((n_permutations, len(pooled)))
-        member[:, len(a) :] = 1
-        sums = rng.permuted(member, axis=1) @ pooled
-    observed = float(_evaluate(statistic, b.sum(axis=0)) - _evaluate(statistic, a.sum(axis=0)))
-    null = _evaluate(statistic, sums) - _evaluate(statistic, total - sums)
-    if null.ndim != 1 or np.isnan(observed) or np.isnan(null).any():
-        raise InputError("permutation_test needs one value, defined in every permutation: found several, or NaN")
-    # Permutations that repeat the observed split must count although their sums differ in the last bits.
-    extreme = int((np.abs(null) >= abs(observed) * (1 - 1e-12) - 1e-15).sum())
-    p = extreme / n_permutations if exact else (extreme + 1) / (n_permutations + 1)
-    return PermutationTest(observed, p, n_permutations, exact)
-
-
 def ratio(numerator: ArrayLike, denominator: ArrayLike) -> FloatArray:
     """Elementwise numerator / denominator, NaN (never 0) where the denominator is zero."""
     top, bottom = np.broadcast_arrays(np.asarray(numerator, np.float64), np.asarray(denominator, np.float64))
@@ -250,7 +238,8 @@ def _short(value: float) -> str:
     return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 0.9995 else f"{value:.3f}"
 
 
-def _counts(sums: ArrayLike) -> FloatArray:
+def as_counts(sums: ArrayLike) -> FloatArray:
+    """Counts [cluster, k] as floats, or an InputError."""
     counts = np.asarray(sums, dtype=np.float64)
     if counts.ndim != 2 or not counts.size:
         raise InputError(f"need counts of shape [cluster, k] with at least one cluster: found shape {counts.shape}")

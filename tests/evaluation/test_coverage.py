@@ -23,13 +23,13 @@ from slitlamp.evaluation.operating_points import (
     expected_calibration_error,
     operating_point,
 )
+from slitlamp.evaluation.permutation import permutation_test
 from slitlamp.evaluation.statistics import (
     benjamini_hochberg,
     cluster_bootstrap,
     correlation_interval,
     mcnemar,
     paired_bootstrap,
-    permutation_test,
     ratio,
 )
 

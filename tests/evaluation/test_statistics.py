@@ -11,7 +11,10 @@ from slitlamp.evaluation import (
     Interval,
     benjamini_hochberg,
     cluster_bootstrap,
+    cluster_means,
+    cluster_sums,
     correlation_interval,
+    exceedance_p,
     mcnemar,
     paired_bootstrap,
     permutation_test,
@@ -88,6 +91,29 @@ def test_cluster_bootstrap_of_several_values_is_that_of_each():
     both = cluster_bootstrap(data, lambda sums: np.stack([share(sums), sums[..., 1] / 30], axis=-1), seed=3)
     assert both[0] == cluster_bootstrap(data, share, seed=3)
     assert both[1] == cluster_bootstrap(data, lambda sums: sums[..., 1] / 30, seed=3)
+
+
+def test_sums_and_means_by_cluster_by_hand():
+    values, cluster = np.array([[1.0, np.nan], [3.0, 5.0], [8.0, 7.0]]), np.array(["b", "a", "b"])
+    assert cluster_sums(values[:, :1], cluster).tolist() == [[3.0], [9.0]]  # a, b
+    first, second = cluster_means(values, cluster, seed=4)
+    assert (first.value, second.value, first.n) == (4.0, 6.0, 2)
+    # counts of what is known beside the sums: the second column of b holds one value
+    assert first == cluster_bootstrap([[3, 1], [9, 2]], share, seed=4)
+    assert second == cluster_bootstrap([[5, 1], [7, 1]], share, seed=4)
+    assert np.isnan(cluster_means([[np.nan]], ["a"])[0].value)
+    with pytest.raises(InputError, match="cluster of every item"):
+        cluster_sums(values, cluster[:2])
+    with pytest.raises(InputError, match=r"\[item, k\]"):
+        cluster_means(values[:, 0], cluster)
+
+
+def test_p_among_draws_by_hand():
+    draws = np.array([0.1, 0.2, 0.3, 0.4])
+    assert exceedance_p([0.5, 0.3, 0.0], draws).tolist() == [1 / 5, 3 / 5, 1.0]
+    assert exceedance_p(0.1 + 0.2, np.array([0.3])) == 1.0  # equal up to rounding
+    assert np.isnan(exceedance_p([np.nan, 1.0], [[0.1], [np.nan]])).all()
+    assert np.isnan(exceedance_p(1.0, []))
 
 
 def test_same_seed_same_interval_other_seed_another():
