@@ -64,7 +64,7 @@ class TruthfulDirection(GatheringProbe):
         mlp_widths, mlp_epochs, mlp_batch_size: of the perceptron; the widths are not published [?].
         alignments: how `compare` aligns: "none", "standardised", "subspace", "coral", "procrustes".
         components: numbers of components d' of subspace alignment; those above the rank are left out.
-        layer_transfer: also carry the logistic probe of every layer to every other one (n_layers^2 alignments).
+        layer_transfer: also carry the logistic probe of every layer to every other one (n_layers^2 times the alignments).
         causal_scale: length of the step along the direction in `causal_targets`, in units of the norm of each state.
         seed: of folds, control labels, perceptron, random directions and the bootstrap.
         n_resamples: of the bootstrap, over images.
@@ -251,7 +251,9 @@ class TruthfulDirection(GatheringProbe):
         tables = detection_tables(mentions, fitted, list(self.methods), layers, self.target_fpr, options)
         tables |= pmc_tables(mentions, **options)
         if self.layer_transfer and "logistic" in fitted:
-            tables["layer_transfer"] = layer_transfer(self.domain, fitted["logistic"], self._options())
+            tables["layer_transfer"] = layer_transfer(
+                self.domain, fitted["logistic"], self.alignments, self.components, self._options()
+            )
         return ProbeResult(name=self.name, tables=tables, summary=summary(tables, self.position, reason))
 
     def score(self, states: Tensor, layer: int | None = None, method: str = "logistic") -> Tensor:

@@ -75,7 +75,7 @@ class LayerFits:
 
     def log_odds(self, layer: int) -> NDArray[np.float64]:
         """[sample], out of fold, of the probabilities."""
-        return _log_odds(self.cv.probabilities[self.layers.index(layer)])
+        return log_odds(self.cv.probabilities[self.layers.index(layer)])
 
     def own_scores(self, layer: int) -> NDArray[np.float64]:
         """[sample], out of fold, in the units of the fit on everything: log-odds (difference of means: projections)."""
@@ -185,17 +185,17 @@ def _choose(
         place = layers.index(best)
         layer.append(best)
         level = threshold_at_fpr(
-            _log_odds(inner.probabilities[place]), label[~held_out], group[~held_out], options.target_fpr, n_resamples=1
+            log_odds(inner.probabilities[place]), label[~held_out], group[~held_out], options.target_fpr, n_resamples=1
         )
         thresholds.append(level.value)
-        scores[held_out] = _log_odds(cv.probabilities[place])[held_out]
+        scores[held_out] = log_odds(cv.probabilities[place])[held_out]
         # projections have no unit that two layers share
         common = scores if method == "difference_of_means" else cv.scores[place].double().numpy()
         ranking[held_out] = common[held_out]
     return Chosen(np.array(layer), fold, scores, ranking, np.array(thresholds))
 
 
-def _log_odds(probabilities: Tensor) -> NDArray[np.float64]:
+def log_odds(probabilities: Tensor) -> NDArray[np.float64]:
     """Log-odds in float64; probabilities that have rounded to 0 or 1 stay finite."""
     p = probabilities.double().clamp(1e-12, 1 - 1e-12)
     return np.asarray(torch.logit(p).numpy())

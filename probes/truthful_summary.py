@@ -41,7 +41,8 @@ def summary(tables: dict[str, pd.DataFrame], position: str, reason: str) -> str:
     if pd.notna(best["control_auroc"]):
         text += (
             f" Random labels of the objects reach {best['control_auroc']:.2f} ({best['control_low']:.2f} to "
-            f"{best['control_high']:.2f}) at layer {int(best['layer'])}, where the true ones reach {best['auroc']:.2f}."
+            f"{best['control_high']:.2f}) at layer {int(best['layer'])}, the best of all, where the true "
+            f"ones reach {best['auroc']:.2f}."
         )
     rates = tables["threshold"].query("method == @method").set_index("metric")
     if pd.notna(rates.loc["fpr", "value"]):

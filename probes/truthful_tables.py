@@ -17,6 +17,7 @@ from slitlamp.evaluation.operating_points import (
     detection_table,
     expected_calibration_error,
     operating_point,
+    threshold_at_fpr,
 )
 from slitlamp.evaluation.statistics import Interval
 
@@ -125,12 +126,16 @@ def _ends(prefix: str, one: Interval) -> dict[str, float]:
 
 
 def _metrics(fitted: dict[str, LayerFits], methods: list[str], layers: list[int], sample: Sample) -> pd.DataFrame:
-    """Every detection metric of every method at every layer, and with the layer chosen in the training folds."""
+    """Every detection metric of every method at every layer, and with the layer chosen in the training folds.
+
+    `n_allowed` is how many true mentions may be flagged at a rate: with 0 there are too few to resolve it.
+    """
     parts = []
     for method in methods:
         fit = fitted.get(method)
         if fit is None:
-            missing = {"metric": "auroc", "fpr": np.nan, "value": np.nan, "low": np.nan, "high": np.nan, "chance": 0.5}
+            missing = {"metric": "auroc", "fpr": np.nan, "value": np.nan, "low": np.nan, "high": np.nan, "chance": 0.5,
+                       "n_allowed": np.nan}  # fmt: skip
             parts.append(pd.DataFrame([{"method": method, "layer": str(one), **missing} for one in layers]))
             continue
         scores = {str(layer): fit.cv.scores[place].double().numpy() for place, layer in enumerate(fit.layers)}
@@ -142,10 +147,13 @@ def _metrics(fitted: dict[str, LayerFits], methods: list[str], layers: list[int]
             probabilities[CHOSEN] = 1 / (1 + np.exp(-fit.chosen.scores))
         for layer, values in scores.items():
             table = detection_table(values, sample.label, sample.group, **sample.options)
-            table = table[table["metric"] != "threshold"][["metric", "fpr", "value", "low", "high", "chance"]]
+            # the threshold of scores with a common intercept is none of the classifier: table `threshold` has that one
+            table = table[table["metric"] != "threshold"]
+            table = table[["metric", "fpr", "value", "low", "high", "chance", "n_allowed"]]
             error = expected_calibration_error(probabilities[layer], sample.label, sample.group, **sample.options)
             right = calibrated_error(probabilities[layer], seed=sample.options["seed"])
-            ece = {"metric": "ece", "fpr": np.nan, "value": error.value, **_ends("", error), "chance": right.value}
+            ece = {"metric": "ece", "fpr": np.nan, "value": error.value, **_ends("", error), "chance": right.value,
+                   "n_allowed": np.nan}  # fmt: skip
             table = pd.concat([table, pd.DataFrame([ece])], ignore_index=True)
             table.insert(0, "method", method)
             table.insert(1, "layer", layer)
@@ -253,7 +261,11 @@ def _baselines(
 
 
 def _threshold(fitted: dict[str, LayerFits], methods: list[str], target_fpr: float, sample: Sample) -> pd.DataFrame:
-    """What a threshold that was set at a false positive rate on other images does on images that it has not seen."""
+    """What a threshold that was set at a false positive rate on other images does on images that it has not seen.
+
+    The row "threshold" is the one to use on further data: at the best layer, set on all mentions out of fold, in the units of
+    `TruthfulDirection.score` (of the perceptron, which has no fit on everything: log-odds).
+    """
     parts = []
     for method in methods:
         fit = fitted.get(method)
@@ -267,6 +279,14 @@ def _threshold(fitted: dict[str, LayerFits], methods: list[str], target_fpr: flo
             above = fit.chosen.scores - fit.chosen.thresholds[fit.chosen.fold]
             found = operating_point(above, sample.label, sample.group, 0.0, **sample.options)
             found = found[["metric", "value", "low", "high", "chance", "n_flagged"]]
+        level, layer = MISSING, np.nan
+        if fit is not None:
+            layer = float(fit.best_layer)
+            level = threshold_at_fpr(
+                fit.own_scores(fit.best_layer), sample.label, sample.group, target_fpr, **sample.options
+            )
+        row = {"metric": "threshold", "value": level.value, **_ends("", level), "chance": np.nan, "layer": layer}
+        found = pd.concat([found, pd.DataFrame([row])], ignore_index=True)
         found.insert(0, "method", method)
         found.insert(1, "wanted_fpr", target_fpr)
         parts.append(found)

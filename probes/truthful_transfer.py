@@ -22,15 +22,15 @@ from probes.transfer import (
     standardised,
     subspace_alignment,
 )
-from probes.truthful_fits import LayerFits, Options
+from probes.truthful_fits import LayerFits, Options, log_odds
 from slitlamp.errors import InputError
 from slitlamp.evaluation.detection import auroc_interval
+from slitlamp.evaluation.operating_points import operating_point, threshold_at_fpr
 from slitlamp.evaluation.statistics import Interval
 from slitlamp.tracing import Part
 
 FloatArray = NDArray[np.float64]
 ALIGNMENTS = ("none", "standardised", "subspace", "coral", "procrustes")
-LAYER_ALIGNMENTS = ("none", "standardised", "procrustes")
 INNER_FOLDS = 3
 """Folds in which the penalty of a carried probe is chosen; there are many such fits, and the choice is a coarse one."""
 MIN_PAIRS = 10
@@ -118,6 +118,19 @@ def _centred(anchors: FloatArray) -> FloatArray:
     return np.concatenate(list(np.moveaxis(centred, 1, 0)))
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What classifiers of a source say of a target.
+
+    Attributes:
+        scores: [target mention] log-odds.
+        above: [target mention] log-odds less the threshold that the source set for `target_fpr`: flagged above zero.
+    """
+
+    scores: FloatArray
+    above: FloatArray
+
+
 def transferred(
     source: Domain,
     target: Domain,
@@ -125,8 +138,8 @@ def transferred(
     held_out: Sequence[NDArray[Any]],
     options: Options,
     strengths: Sequence[float] | None = None,
-) -> FloatArray:
-    """Log-odds [target mention] by classifiers that saw source labels only, and no label or state of the mention's image.
+) -> Carried:
+    """Judge the target by classifiers that saw source labels only, and no label or state of the mention's image.
 
     Args:
         source, target: the domains.
@@ -135,24 +148,28 @@ def transferred(
         options: of the fits.
         strengths: penalties to choose from inside the source's training set; None for those of the options.
     """
-    scores = np.full(len(target.states), np.nan)
+    scores, above = np.full(len(target.states), np.nan), np.full(len(target.states), np.nan)
     for images in held_out:
         train, test = ~np.isin(source.group, images), np.isin(target.group, images)
         unlabelled = ~test if (~test).sum() > 1 else test
         if not test.any():
             continue
         maps = aligner(source.states[train], target.states[unlabelled], images)
-        weights, bias = _classifier(
+        weights, bias, threshold = _classifier(
             maps.source(source.states[train]), source.hallucinated[train], source.group[train], options, strengths
         )
         scores[test] = maps.target(target.states[test]) @ weights + bias
-    return scores
+        above[test] = scores[test] - threshold
+    return Carried(scores, above)
 
 
 def _classifier(
     x: FloatArray, label: NDArray[np.bool_], group: NDArray[Any], options: Options, strengths: Sequence[float] | None
-) -> tuple[FloatArray, float]:
-    """Logistic regression with its penalty chosen by cross-validation inside these samples."""
+) -> tuple[FloatArray, float, float]:
+    """Weights and intercept of a logistic regression, and its threshold for `target_fpr`.
+
+    Both the penalty and the threshold come from a cross-validation inside these samples.
+    """
     wanted = options.strengths if strengths is None else tuple(strengths)
     n_folds = min(INNER_FOLDS, *(len(np.unique(group[label == side])) for side in (True, False)))
     if n_folds < 3:
@@ -160,7 +177,8 @@ def _classifier(
     found = cross_validated(
         [torch.from_numpy(x).float()], label, group, strengths=wanted, n_folds=n_folds, seed=options.seed
     )
-    return found.directions[0].double().numpy(), float(found.intercepts[0])
+    level = threshold_at_fpr(log_odds(found.probabilities[0]), label, group, options.target_fpr, n_resamples=1)
+    return found.directions[0].double().numpy(), float(found.intercepts[0]), level.value
 
 
 def shared_folds(source: Domain, target: Domain, options: Options) -> list[NDArray[Any]]:
@@ -190,7 +208,10 @@ def compare_domains(
 
     The source's layer is the one that its own cross-validation chose; the target's lies at the same share of the depth, so
     that no label of the target is used. Beside each transfer stands the upper bound, a classifier trained on the target's own
-    labels over the same folds at the same layer, and chance, which is .5.
+    labels over the same folds at the same layer, and chance, which is .5. (A part carried to itself is judged on the labels
+    that chose its layer, which makes it a little too good; table `metrics` of the probe has it with a layer chosen elsewhere.)
+    `source_threshold_fpr` and `_tpr` are what a threshold set on the source for `target_fpr` does on the target: where they
+    are far off, the threshold has to be set anew on labelled items of the target.
 
     Args:
         domains: of each part, at its best layer.
@@ -217,11 +238,9 @@ def compare_domains(
             ]
     for part, reason in left_out.items():
         place = {f"{side}_{k}": v for side in ("source", "target") for k, v in part._asdict().items()}
-        rows.append(
-            {**place, "varies": "nothing", **_row(-1, -1, f"not trained: {reason}", np.nan, None, None, 0, None)}
-        )
+        rows.append({**place, "varies": "nothing", **_row(-1, -1, f"not trained: {reason}")})
     table = pd.DataFrame(rows)
-    return {"transfer": table}, _summary(table)
+    return {"transfer": table}, _summary(table, options.target_fpr)
 
 
 def _counterpart(layer: int, layers: Sequence[int], others: Sequence[int]) -> int:
@@ -245,53 +264,61 @@ def _pair(
 ) -> list[dict[str, Any]]:
     try:
         folds = shared_folds(source, target, options)
-        upper_scores = transferred(target, target, _unpaired(no_alignment), folds, options)
+        at_home = transferred(target, target, _unpaired(no_alignment), folds, options)
     except InputError as error:
-        return [_row(source.layer, target.layer, f"not trained: {error}", np.nan, None, None, 0, target)]
+        return [_row(source.layer, target.layer, f"not trained: {error}", target=target)]
+    bootstrap: dict[str, Any] = {"n_resamples": n_resamples, "seed": options.seed}
 
-    def area(scores: FloatArray) -> Interval:
-        return auroc_interval(scores, target.hallucinated, target.group, n_resamples=n_resamples, seed=options.seed)
+    def row(name: str, carried: Carried | None, components: float = np.nan, n_pairs: int = 0) -> dict[str, Any]:
+        return _row(source.layer, target.layer, name, components, carried, at_home, n_pairs, target, bootstrap)
 
-    upper = area(upper_scores)
     if same:
-        return [_row(source.layer, target.layer, "itself", np.nan, upper, upper, 0, target)]
+        return [row("itself", at_home)]
     found = []
     for (name, k), aligner in aligners(source, target, names, components).items():
-        scores = transferred(source, target, aligner, folds, options)
         n_pairs = 0
         if name.startswith("procrustes"):
             kind = name.removeprefix("procrustes (").rstrip(")")
             n_pairs = len(pair_anchors(source.all_anchors()[kind][0], target.all_anchors()[kind][0])[0])
-        found.append(_row(source.layer, target.layer, name, k, area(scores), upper, n_pairs, target))
-    if not found:
-        found = [_row(source.layer, target.layer, "nothing shared to align by", np.nan, None, upper, 0, target)]
-    return found
+        found.append(row(name, transferred(source, target, aligner, folds, options), k, n_pairs))
+    return found or [row("nothing shared to align by", None)]
 
 
 def _row(
     source_layer: int,
     target_layer: int,
     alignment: str,
-    components: float,
-    area: Interval | None,
-    upper: Interval | None,
-    n_pairs: int,
-    target: Domain | None,
+    components: float = np.nan,
+    carried: Carried | None = None,
+    at_home: Carried | None = None,
+    n_pairs: int = 0,
+    target: Domain | None = None,
+    bootstrap: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     missing = Interval(np.nan, np.nan, np.nan, 0)
-    one, bound = area or missing, upper or missing
     label = np.zeros(0, dtype=bool) if target is None else target.hallucinated
+    areas = [missing, missing]
+    rates = {"fpr": missing, "tpr": missing}
+    if target is not None:
+        options = dict(bootstrap or {})
+        for place, one in enumerate((carried, at_home)):
+            if one is not None:
+                areas[place] = auroc_interval(one.scores, label, target.group, **options)
+        if carried is not None:
+            point = operating_point(carried.above, label, target.group, 0.0, **options).set_index("metric")
+            for name in rates:
+                value, low, high = (float(point.loc[name, one]) for one in ("value", "low", "high"))
+                rates[name] = Interval(value, low, high, areas[0].n)
+    columns = {"auroc": areas[0], "target_trained": areas[1]}
+    columns |= {f"source_threshold_{name}": one for name, one in rates.items()}
+    found: dict[str, Any] = {
+        "source_layer": source_layer, "target_layer": target_layer, "alignment": alignment, "components": components
+    }  # fmt: skip
+    for name, one in columns.items():
+        prefix = "" if name == "auroc" else f"{name}_"
+        found |= {name: one.value, f"{prefix}low": one.low, f"{prefix}high": one.high}
     return {
-        "source_layer": source_layer,
-        "target_layer": target_layer,
-        "alignment": alignment,
-        "components": components,
-        "auroc": one.value,
-        "low": one.low,
-        "high": one.high,
-        "target_trained": bound.value,
-        "target_trained_low": bound.low,
-        "target_trained_high": bound.high,
+        **found,
         "chance": 0.5,
         "n_anchor_pairs": n_pairs,
         "n_hallucinated": int(label.sum()),
@@ -300,48 +327,77 @@ def _row(
     }
 
 
-def _summary(table: pd.DataFrame) -> str:
+def _summary(table: pd.DataFrame, target_fpr: float) -> str:
     moved = table[(table["varies"] != "nothing") & table["auroc"].notna()]
     if moved.empty:
         return "No probe could be carried from one part to another: too few mentions of a kind, or nothing to align by."
     plain = moved[moved["alignment"] == "none"]
     best = moved.loc[moved["auroc"].idxmax()]
     text = (
-        f"Carried to another {best['varies']}, the best alignment ({best['alignment']}) gives AUROC {best['auroc']:.2f} "
-        f"[{best['low']:.2f}, {best['high']:.2f}] (trained on the target: {best['target_trained']:.2f}; chance .50)"
+        f"Carried to another {best['varies']}, the best of {len(moved)} transfers ({best['alignment']}) gives AUROC "
+        f"{best['auroc']:.2f} [{best['low']:.2f}, {best['high']:.2f}] (trained on the target: {best['target_trained']:.2f}; "
+        "chance .50)"
     )
     if len(plain):
         text += f"; unaligned transfers lie between {plain['auroc'].min():.2f} and {plain['auroc'].max():.2f}"
-    return text + "."
+    rates = moved["source_threshold_fpr"]
+    return (
+        f"{text}. The source's threshold, set for a false positive rate of {target_fpr:g}, has rates from {rates.min():.3f} to "
+        f"{rates.max():.3f} on the target."
+    )
 
 
 def layer_transfer(
-    domain: Callable[[int], Domain], fits: LayerFits, options: Options, n_resamples: int = 500
+    domain: Callable[[int], Domain],
+    fits: LayerFits,
+    names: Sequence[str],
+    components: Sequence[int],
+    options: Options,
+    n_resamples: int = 500,
 ) -> pd.DataFrame:
     """The logistic probe of every layer on every other one of the same model: states of the same mentions, so all are paired.
 
     The penalty is the one that the source layer's cross-validation chose.
+
+    Args:
+        domain: layer -> its domain.
+        fits: of the logistic probe.
+        names, components: the alignments.
+        options, n_resamples: of fits and bootstrap.
     """
-    rows = []
     domains = {layer: domain(layer) for layer in fits.layers}
-    group = next(iter(domains.values())).group
+    first = next(iter(domains.values()))
+    group, label = first.group, first.hallucinated
     folds = [np.unique(group[test]) for test in fits.cv.folds.test.numpy()]
-    for place, (a, source) in enumerate(domains.items()):
-        strengths = [float(fits.cv.final_strengths[place])]
+    strengths = {layer: [float(fits.cv.final_strengths[place])] for place, layer in enumerate(fits.layers)}
+    bare = [one for one in names if one != "procrustes"]
+
+    def carried(a: int, b: int, aligner: Aligner) -> Interval:
+        found = transferred(domains[a], domains[b], aligner, folds, options, strengths[a])
+        return auroc_interval(found.scores, label, group, n_resamples=n_resamples, seed=options.seed)
+
+    at_home = {layer: carried(layer, layer, _unpaired(no_alignment)) for layer in domains}
+    rows = []
+    for a, source in domains.items():
         for b, target in domains.items():
-            pairs = (
-                (list(range(len(group))), group, source.states[:, None]),
-                (list(range(len(group))), group, target.states[:, None]),
-            )
-            ways: dict[str, Aligner] = {
-                "none": _unpaired(no_alignment),
-                "standardised": _unpaired(standardised),
-                "procrustes": _paired(*pairs),
-            }
-            for name in LAYER_ALIGNMENTS if a != b else LAYER_ALIGNMENTS[:1]:
-                scores = transferred(source, target, ways[name], folds, options, strengths)
-                one = auroc_interval(scores, target.hallucinated, group, n_resamples=n_resamples, seed=options.seed)
-                rows.append((a, b, name, one.value, one.low, one.high, 0.5, len(np.unique(group))))
+            if a == b:
+                found = {("itself", float("nan")): at_home[a]}
+            else:
+                ways = aligners(source, target, bare, components)
+                if "procrustes" in names:
+                    keys = list(range(len(group)))
+                    pairs = [(keys, group, one.states[:, None]) for one in (source, target)]
+                    ways["procrustes", float("nan")] = _paired(*pairs)
+                found = {way: carried(a, b, aligner) for way, aligner in ways.items()}
+            bound = at_home[b]
+            for (name, k), one in found.items():
+                rows.append(
+                    (a, b, name, k, one.value, one.low, one.high, bound.value, bound.low, bound.high, 0.5, one.n)
+                )
     return pd.DataFrame(
-        rows, columns=["source_layer", "target_layer", "alignment", "auroc", "low", "high", "chance", "n_items"]
-    )
+        rows,
+        columns=[
+            "source_layer", "target_layer", "alignment", "components", "auroc", "low", "high", "target_trained",
+            "target_trained_low", "target_trained_high", "chance", "n_items",
+        ],
+    )  # fmt: skip

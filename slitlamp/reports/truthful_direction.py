@@ -15,6 +15,8 @@ from slitlamp.reports.style import ORANGE, PURPLE, new_figure, short_names
 from slitlamp.reports.wording import count
 
 PART = ("model", "condition", "dataset")
+CHOSEN_COMPONENTS: Final = "d' of subspace alignment: the best of those tried, by these AUROCs"
+OWN: Final = "Diagonal: trained on its own labels, at the layer that they chose, so a little too high."
 
 
 def _first(tables: Tables, name: str) -> pd.DataFrame | None:
@@ -41,12 +43,8 @@ def _layers(tables: Tables, width: float) -> Figure | None:
         panels.layer_curve(layers[layers["method"] == method], method, confidence, ax)
         if not narrow and ax is not axes[0]:
             ax.set_ylabel("")
-    legend_below(figure, _grey_probe(axes[0].get_legend_handles_labels()[0]))
+    legend_below(figure, axes[0].get_legend_handles_labels()[0])
     return figure
-
-
-def _grey_probe(handles: list[Any]) -> list[Any]:
-    return handles
 
 
 def _scores(tables: Tables, width: float) -> Figure | None:
@@ -113,24 +111,38 @@ def _layer_matrix(tables: Tables, width: float) -> Figure | None:
     table = _first(tables, "layer_transfer")
     if table is None:
         return None
-    kinds = [one for one in ("none", "procrustes") if (table["alignment"] == one).any()]
     names = ["in" if one < 0 else str(one) for one in sorted(table["source_layer"].unique())]
     rename = {layer: "in" if layer < 0 else str(layer) for layer in table["source_layer"].unique()}
     shown = table.assign(source=table["source_layer"].map(rename), target=table["target_layer"].map(rename))
     itself = shown[shown["source_layer"] == shown["target_layer"]]
-    narrow = is_narrow(width)
-    side = 0.34 * len(names) + 1.0
-    figure = new_figure(width, len(kinds) * (side + 0.3) if narrow else side + 0.5)
-    axes = figure.subplots(*((len(kinds), 1) if narrow else (1, len(kinds))), squeeze=False).ravel()
-    for ax, kind in zip(axes, kinds, strict=True):
-        rows = pd.concat(
-            [shown[(shown["alignment"] == kind) & (shown["source_layer"] != shown["target_layer"])], itself]
-        )
-        panels.matrix_panel(rows, names, names, ax, bar=narrow or ax is axes[-1])
-        ax.set_title("unaligned" if kind == "none" else "Procrustes")
+    kinds = _kinds(shown[shown["source_layer"] != shown["target_layer"]])
+    columns = 1 if is_narrow(width) else 2
+    n_rows = -(-len(kinds) // columns)
+    figure = new_figure(width, n_rows * (0.3 * len(names) + 1.2))
+    axes = figure.subplots(n_rows, columns, squeeze=False).ravel()
+    for ax, (kind, rows) in zip(axes, kinds.items(), strict=False):
+        panels.matrix_panel(pd.concat([rows, itself]), names, names, ax, bar=False)
+        ax.set_title(kind)
         ax.set_xlabel("applied to layer")
         ax.set_ylabel("trained on layer")
+    for ax in axes[len(kinds) :]:
+        ax.set_visible(False)
     return figure
+
+
+def _kinds(moved: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each alignment by the name it is shown under; of subspace alignment the best number of components."""
+    best = moved[moved["alignment"] == "subspace"]
+    best = best[best["components"] == _best_components(best)]
+    kinds = {
+        "unaligned": moved[moved["alignment"] == "none"],
+        "standardised": moved[moved["alignment"] == "standardised"],
+    }
+    kinds[f"subspace, d' = {int(best['components'].iloc[0])}" if len(best) else "subspace"] = best
+    kinds["CORAL"] = moved[moved["alignment"] == "coral"]
+    for name in sorted(one for one in moved["alignment"].unique() if one.startswith("procrustes")):
+        kinds[name.replace("procrustes", "Procrustes")] = moved[moved["alignment"] == name]
+    return {name: one for name, one in kinds.items() if one["auroc"].notna().any()}
 
 
 def _varying(table: pd.DataFrame, varies: str) -> pd.DataFrame:
@@ -157,17 +169,7 @@ def _matrices(varies: str) -> Any:
             return None
         itself = rows[rows["varies"] == "nothing"]
         moved = rows[rows["varies"] == varies]
-        best = moved[moved["alignment"] == "subspace"]
-        best = best[best["components"] == _best_components(best)]
-        kinds = {
-            "unaligned": moved[moved["alignment"] == "none"],
-            "standardised": moved[moved["alignment"] == "standardised"],
-        }
-        kinds[f"subspace, d' = {int(best['components'].iloc[0])}" if len(best) else "subspace"] = best
-        kinds["CORAL"] = moved[moved["alignment"] == "coral"]
-        for name in sorted(one for one in moved["alignment"].unique() if one.startswith("procrustes")):
-            kinds[name.replace("procrustes", "Procrustes")] = moved[moved["alignment"] == name]
-        kinds = {name: one for name, one in kinds.items() if one["auroc"].notna().any()}
+        kinds = _kinds(moved)
         if not kinds:
             return None
         names = list(dict.fromkeys([*rows["source"], *rows["target"]]))
@@ -194,7 +196,7 @@ def _matrices(varies: str) -> Any:
 
 
 def _best_components(rows: pd.DataFrame) -> float:
-    """The number of components with the highest mean AUROC over the pairs shown."""
+    """The number of components with the highest mean AUROC over the pairs shown (captions say that it is chosen so)."""
     return float(rows.groupby("components")["auroc"].mean().idxmax()) if len(rows) else float("nan")
 
 
@@ -270,24 +272,24 @@ FIGURES: Final[dict[str, Drawing]] = {
     "layer_transfer": Drawing(
         "From layer to layer",
         lambda tables: (
-            "AUROC of the logistic probe of one layer applied to the states of another, unaligned and after Procrustes on the "
-            f"states of the training images; diagonal: cross-validated on itself. Chance is .5. {_sample(tables)}"
+            "AUROC of the logistic probe of one layer applied to the states of another, by alignment on the states of the "
+            f"training images ({CHOSEN_COMPONENTS}); diagonal: cross-validated on itself. Chance is .5. {_sample(tables)}"
         ),
         _layer_matrix,
     ),
     "transfer_models": Drawing(
         "From model to model",
         lambda tables: (
-            "AUROC with its 95 % interval of probes trained on the row's model and applied to the column's, by alignment; images "
-            "are held out in both. Diagonal: trained on its own labels. Chance is .5."
+            "AUROC with its 95 % interval of probes trained on the row's model and applied to the column's, by alignment "
+            f"({CHOSEN_COMPONENTS}); images are held out in both. {OWN} Chance is .5."
         ),
         _matrices("model"),
     ),
     "transfer_datasets": Drawing(
         "From data set to data set",
         lambda tables: (
-            "AUROC with its 95 % interval of probes trained on the row's data set and applied to the column's, by alignment; "
-            "images are held out in both. Diagonal: trained on its own labels. Chance is .5."
+            "AUROC with its 95 % interval of probes trained on the row's data set and applied to the column's, by alignment "
+            f"({CHOSEN_COMPONENTS}); images are held out in both. {OWN} Chance is .5."
         ),
         _matrices("dataset"),
     ),

@@ -93,7 +93,7 @@ def test_float32_at_default_tolerance_has_the_same_auroc() -> None:
 
 def test_the_penalty_is_chosen_inside_the_training_fold_as_a_loop_would() -> None:
     x, y, groups, _ = planted(210, 20, strength=1.0)
-    strengths = (0.1, 10.0, 100.0, 1e4)
+    strengths = tuple(np.logspace(0, 3, 7).tolist())
     found = cross_validated([x], y, groups, strengths=strengths, n_folds=4, tol=1e-9)
     test = found.folds.test.numpy()
     losses = np.full((4, 4, len(strengths)), np.nan)  # [left out, tested on, penalty]
@@ -104,6 +104,9 @@ def test_the_penalty_is_chosen_inside_the_training_fold_as_a_loop_would() -> Non
             for out, on in ((f, g), (g, f)):
                 losses[out, on, place] = log_loss(y[test[on]], model.predict_proba(x[test[on]].numpy())[:, 1])
     chosen = np.array(strengths)[np.nanmean(losses, axis=1).argmin(axis=1)]
+    own = np.array(strengths)[np.nanmean(losses, axis=0).argmin(axis=1)]  # of losses on the fold itself: a leak
+    assert (own != chosen).any()
+    assert len(set(chosen)) > 1
     assert found.strengths[0].tolist() == pytest.approx(chosen.tolist())
     assert found.final_strengths.item() == pytest.approx(strengths[np.nansum(losses, axis=(0, 1)).argmin()])
     probabilities = np.empty(len(y))
