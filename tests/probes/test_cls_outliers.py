@@ -44,10 +44,9 @@ TABLE = pd.DataFrame(
 )
 
 
-def caption(vlm: VLM, image: Any, n: int = 2) -> Batch:
-    batch = vlm.encode(
-        [image(row) for row in range(n)], ["<image> is there a dog ?"] * n, ids=[f"item{row}" for row in range(n)]
-    )
+def caption(vlm: VLM, image: Any, n: int = 2, *, padded: bool = False) -> Batch:
+    prompts = ["<image> what ?" if padded and row % 2 else "<image> is there a dog ?" for row in range(n)]
+    batch = vlm.encode([image(row) for row in range(n)], prompts, ids=[f"item{row}" for row in range(n)])
     return batch.with_continuation([[6, 7, 8, 9 + row] for row in range(n)])
 
 
@@ -202,7 +201,7 @@ def test_neighbours_hold_the_place_in_the_text_fixed() -> None:
 
 def test_equal_to_attention_of_the_eager_model(llava: VLM, image: Any) -> None:
     """Every attention again from Hugging Face's eager model, and the tables by loops over sets."""
-    batch = caption(llava, image)
+    batch = caption(llava, image, padded=True)
     probe = ClsOutliers(top_k=3, n_resamples=20, n_concentrated=2)
     llava.measure(probe, batch, [TABLE, TABLE])
     tables, eager = probe.result().tables, Eager(llava, batch)
@@ -236,7 +235,7 @@ def test_equal_to_attention_of_the_eager_model(llava: VLM, image: Any) -> None:
 
 def test_attention_of_chosen_heads_and_layers(llava: VLM, image: Any) -> None:
     """One head of the tower and one of one layer of the decoder, against the eager model."""
-    batch = caption(llava, image)
+    batch = caption(llava, image, padded=True)
     probe = ClsOutliers(
         encoder_heads=[1], decoder_heads=[1], decoder_layers=[2], encoder_layers=[1], n_resamples=20, n_maps=2
     )
@@ -260,7 +259,7 @@ def test_rows_of_one_image_are_one_image(llava: VLM, image: Any) -> None:
 
 
 def test_norms_and_largest_values_are_those_of_hugging_face(llava: VLM, image: Any) -> None:
-    batch = caption(llava, image)
+    batch = caption(llava, image, padded=True)
     probe = ClsOutliers(n_resamples=20)
     llava.measure(probe, batch, [TABLE, TABLE])
     tables, eager = probe.result().tables, Eager(llava, batch)
