@@ -107,13 +107,15 @@ def cluster_means(
 ) -> list[Interval]:
     """The mean over items of each column of [item, k], with whole clusters resampled; NaN entries are left out.
 
-    Of an item that is measured k times as often as another, all k count. A column without a value gives NaN. The rest as
-    in `cluster_bootstrap`.
+    Of an item that is measured k times as often as another, all k count. A column without a value gives NaN, and so do
+    all where there is no item. The rest as in `cluster_bootstrap`.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 2:
         raise InputError(f"cluster_means needs values of shape [item, k]: found shape {array.shape}")
     known = ~np.isnan(array)
+    if not known.any():
+        return [Interval(np.nan, np.nan, np.nan, 0, level, method, np.nan if p_value else None)] * array.shape[1]
     found = cluster_bootstrap(
         cluster_sums(np.hstack([np.where(known, array, 0.0), known]), cluster),
         lambda total: ratio(*np.split(total, 2, axis=-1)),

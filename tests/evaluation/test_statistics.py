@@ -101,7 +101,12 @@ def test_sums_and_means_by_cluster_by_hand():
     # counts of what is known beside the sums: the second column of b holds one value
     assert first == cluster_bootstrap([[3, 1], [9, 2]], share, seed=4)
     assert second == cluster_bootstrap([[5, 1], [7, 1]], share, seed=4)
-    assert np.isnan(cluster_means([[np.nan]], ["a"])[0].value)
+    none, some = cluster_means([[np.nan, 1.0], [np.nan, 3.0]], ["a", "b"], p_value=True)
+    assert np.isnan([none.value, none.low, none.p]).all()
+    assert (some.value, some.n) == (2.0, 2)
+    (nothing,) = cluster_means(np.zeros((0, 1)), [])
+    assert np.isnan(nothing.value)
+    assert nothing.n == 0
     with pytest.raises(InputError, match="cluster of every item"):
         cluster_sums(values, cluster[:2])
     with pytest.raises(InputError, match=r"\[item, k\]"):
