@@ -38,20 +38,25 @@ def last_z(vlm: VLM, batch: Batch, layer: int) -> torch.Tensor:
     return trace["z"][layer][:, 0]
 
 
-@pytest.mark.parametrize("outlier_rule", [True, False])
-def test_layer_by_layer_with_the_layers_below_reinforced(llava: VLM, batch: Batch, outlier_rule: bool) -> None:
-    """Algorithm 1 on copies of the model: measure a layer, scale its weights, go on to the next."""
+@pytest.mark.parametrize(("outlier_rule", "both"), [(True, False), (False, False), (False, True)])
+def test_layer_by_layer_with_the_layers_below_reinforced(
+    llava: VLM, batch: Batch, outlier_rule: bool, both: bool
+) -> None:
+    """Algorithm 1 on copies of the model: measure a layer, scale its weights, go on to the next; `both`: in both runs.
+
+    A factor of 6, at which this small model chooses other heads where the image-free run is reinforced too.
+    """
     reinforced, free = llava, batch.without_images()
     expected = {}
     for layer in range(3):
-        without = last_z(llava, free, layer)
+        without = last_z(reinforced if both else llava, free, layer)
         vhd = head_divergence(last_z(reinforced, batch, layer), without)
         if outlier_rule:
             vhd = zero_surging_heads(vhd, text_activation(without))
         heads = choose_heads(vhd, "divergent")
         expected[layer] = heads
-        reinforced = scaled(reinforced, layer, heads[0].nonzero().flatten().tolist(), 2.0)
-    method = HeadReinforcement(alpha=2.0, layers=[0, 1, 2], outlier_rule=outlier_rule)
+        reinforced = scaled(reinforced, layer, heads[0].nonzero().flatten().tolist(), 6.0)
+    method = HeadReinforcement(alpha=6.0, layers=[0, 1, 2], outlier_rule=outlier_rule, reinforce_image_free=both)
     with llava.apply(method):
         logits = llava.forward(batch).logits
         generation = llava.generate(batch, max_new_tokens=6)
@@ -62,20 +67,20 @@ def test_layer_by_layer_with_the_layers_below_reinforced(llava: VLM, batch: Batc
     assert generation.tokens == reinforced.generate(batch, max_new_tokens=6).tokens
 
 
+def test_a_continuation_does_not_change_the_heads(llava: VLM, batch: Batch) -> None:
+    """Heads are chosen at the last prompt position, also where the answer is given with the prompt."""
+    method = HeadReinforcement(layers=[0, 1, 2])
+    with llava.apply(method):
+        llava.forward(batch)
+        chosen = {layer: heads.tolist() for layer, heads in method.chosen_.items()}
+        llava.forward(batch.with_continuation([[6, 7, 8, 9]]))
+    assert {layer: heads.tolist() for layer, heads in method.chosen_.items()} == chosen
+
+
 def test_fixed_heads_equal_scaled_weights(llava: VLM, batch: Batch) -> None:
     by_hand = scaled(scaled(llava, 0, [1], 0.0), 2, [0, 3], 0.0)
     with llava.apply(HeadReinforcement(alpha=0.0, heads=[(0, 1), (2, 0), (2, 3)])):
         assert torch.allclose(llava.forward(batch).logits, by_hand.forward(batch).logits, atol=1e-5)
-
-
-def test_reinforcing_the_image_free_run_leaves_the_first_layer_as_it_was(llava: VLM, batch: Batch) -> None:
-    plain = HeadReinforcement(alpha=4.0, layers=[0, 1, 2])
-    both = HeadReinforcement(alpha=4.0, layers=[0, 1, 2], reinforce_image_free=True)
-    with llava.apply(plain):
-        llava.forward(batch)
-    with llava.apply(both):
-        llava.forward(batch)
-    assert torch.equal(plain.chosen_[0], both.chosen_[0])
 
 
 def test_scaling_only_the_last_prompt_position_leaves_the_others(llava: VLM, batch: Batch) -> None:

@@ -232,6 +232,22 @@ def test_wrong_answers_are_left_out(llava: VLM) -> None:
         none.result()
 
 
+def test_rows_without_a_flow_do_not_count(llava: VLM, image: Any) -> None:
+    """The first token of an answer has no generated tokens before it: the other row alone is the mean."""
+    prompts = ["<image> is there a dog ?", "<image> what ?"]
+    batch = llava.encode([image(0), image(1)], prompts, ids=["a", "b"]).with_continuation([[6], [7, 8, 9]])
+    alone = llava.encode([image(1)], prompts[1:], ids=["b"]).with_continuation([[7, 8, 9]])
+    named = pd.DataFrame({"token": [2], "word": ["dog"], "label": ["object"]})
+    tables = []
+    for one, labels in ((batch, [None, named]), (alone, [named])):
+        probe = AttentionKnockout(flows=["image_to_generated"], n_resamples=20)
+        llava.measure(probe, one, labels)
+        tables.append(probe.result().tables["effects"])
+    assert (tables[0]["n_items"] == 1).all()
+    assert tables[0]["change"].abs().max() > 1e-4
+    np.testing.assert_allclose(tables[0]["change"], tables[1]["change"], atol=1e-5)
+
+
 def test_parameters_are_checked(llava: VLM) -> None:
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"flows": ["image_to_lst"]}, UnknownNameError, "image_to_last"),
