@@ -16,7 +16,7 @@ from slitlamp.errors import nearest
 
 if TYPE_CHECKING:
     from slitlamp.causal import causal_check
-    from slitlamp.experiments import Experiment, Run, load_dataset, load_run
+    from slitlamp.experiments import Experiment, Run, labelled_batches, load_dataset, load_run
     from slitlamp.tracing import sites
     from slitlamp.tracing.store.reading import open_store
     from slitlamp.tracing.store.writer import StoreOptions
@@ -31,6 +31,7 @@ __all__ = [
     "StoreOptions",
     "__version__",
     "causal_check",
+    "labelled_batches",
     "load_dataset",
     "load_run",
     "open_store",
@@ -44,6 +45,7 @@ _LAZY = {
     "Experiment": ("slitlamp.experiments", "Experiment"),
     "Run": ("slitlamp.experiments", "Run"),
     "causal_check": ("slitlamp.causal", "causal_check"),
+    "labelled_batches": ("slitlamp.experiments", "labelled_batches"),
     "load_dataset": ("slitlamp.experiments", "load_dataset"),
     "load_run": ("slitlamp.experiments", "load_run"),
     "open_store": ("slitlamp.tracing.store.reading", "open_store"),

@@ -10,6 +10,7 @@ from slitlamp.experiments.datasets import (
     pope_dataset,
 )
 from slitlamp.experiments.experiment import Experiment
+from slitlamp.experiments.probing import labelled_batches
 from slitlamp.experiments.run import Run, load_run
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "captions_dataset",
     "dataset_names",
     "find_config",
+    "labelled_batches",
     "load_dataset",
     "load_run",
     "pope_dataset",

@@ -130,8 +130,8 @@ def labelled_batches(
         batch_size: texts per batch.
 
     Raises:
-        InputError: no row of this data set, rows of several conditions, items that it lacks or that occur twice, or
-            neither tokens nor texts.
+        InputError: no row of this data set, rows of several conditions, items that it lacks or that occur twice,
+            neither tokens nor texts, or a text with words that the model's tokenizer does not know.
     """
     rows = predictions
     if "dataset" in rows:
@@ -154,13 +154,22 @@ def labelled_batches(
     if "tokens" in rows:
         ids = [[int(token) for token in row] for row in rows["tokens"]]
     else:
-        ids = [list(vlm.tokenizer(str(text), add_special_tokens=False)["input_ids"]) for text in rows["text"]]
+        ids = [_ids(vlm.tokenizer, str(text)) for text in rows["text"]]
     for start in range(0, len(items), batch_size):
         chosen = items[start : start + batch_size]
         tokens = [ids[place[item.id]] for item in chosen]
         decoded = [token_spans(vlm.tokenizer, row) for row in tokens]
         batch = encoded(vlm, chosen).with_continuation(tokens)
         yield batch, labels_of([text for text, _ in decoded], [spans for _, spans in decoded], data, chosen)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids = [int(one) for one in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        raise InputError(
+            f"this model has no token for a part of the text {text!r}: its states would be those of another text"
+        )
+    return ids
 
 
 def encoded(vlm: VLM, items: Sequence[Item]) -> Any:

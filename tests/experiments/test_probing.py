@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from probes import HeadDivergence
 from slitlamp.decoding.edits import scale_heads
 from slitlamp.errors import InputError, RunFolderError, UnknownNameError
-from slitlamp.experiments import Dataset, Experiment, Run
+from slitlamp.experiments import Dataset, Experiment, Run, labelled_batches
 from slitlamp.experiments.config import ModelConfig
 from slitlamp.experiments.summary import summary
 from slitlamp.models import Anatomy
@@ -72,6 +72,44 @@ def test_the_finding_is_intervened_on(run: Run, captions: Dataset) -> None:
     said = run.table("pointing_summary")["summary"]
     assert "Causal check: Head 0.0: the next token changes by" in said[0]
     assert "Causal check" not in said[1]
+
+
+def test_texts_of_a_saved_run_and_own_texts_are_taken_in_as_the_run_took_them(
+    run: Run, vlm: Any, captions: Dataset
+) -> None:
+    """The same states and labels from the predictions on disk; from the texts alone, as this model's tokens of them."""
+    probes = {name: Pointing(n_resamples=50) for name in ("tokens", "text", "backwards")}
+    rows = run.predictions.drop(columns="condition")
+    given = {"tokens": rows, "text": rows[["dataset", "item", "text"]], "backwards": rows.iloc[::-1]}
+    for name, probe in probes.items():
+        for batch, labels in labelled_batches(vlm, captions, given[name], batch_size=3):
+            vlm.measure(probe, batch, labels)
+    expected = run.table("pointing_heads").query("dataset == @captions.name")["vhd"].to_numpy()
+    for name in ("tokens", "backwards"):  # the order is that of the data set
+        found = probes[name].result().tables["heads"]["vhd"].to_numpy()
+        assert found == pytest.approx(expected, rel=1e-5)
+    said = f"a picture with a {sorted(captions.truth.objects[captions.items[0].image_id])[0]} and a cat ."
+    own = pd.DataFrame({"item": [captions.items[0].id], "text": [said]})
+    ((batch, (table,)),) = labelled_batches(vlm, captions, own)
+    assert table is not None
+    assert "object" in set(table["label"])
+    assert "".join(table["word"]) == said.replace(" ", "")
+    assert batch.n_generated == (len(table),)
+    with pytest.raises(InputError, match="no token for"):
+        next(labelled_batches(vlm, captions, own.assign(text="a picture with a hedgehog .")))
+
+
+def test_texts_that_cannot_be_placed_are_refused(run: Run, vlm: Any, captions: Dataset) -> None:
+    rows = run.predictions.query("dataset == @captions.name")
+    for given, match in (
+        (rows.drop(columns="item"), "columns item, and tokens or text"),
+        (rows.assign(item="nobody"), "nobody"),
+        (rows.assign(item=rows["item"].iloc[0]), "repeated"),
+        (rows.assign(dataset="other"), "0 rows"),
+        (rows.assign(condition=[f"c{one}" for one in range(len(rows))]), "several conditions"),
+    ):
+        with pytest.raises(InputError, match=match):
+            next(labelled_batches(vlm, captions, given))
 
 
 def test_a_probe_of_the_run_gives_the_same_tables_again(
