@@ -43,8 +43,9 @@ def head_targets(
         InputError: the chosen heads are all the heads of their layers, so that there is nothing to compare with.
     """
     chosen = top_heads(vhd.reshape(1, -1), k).reshape(vhd.shape)
+    n_heads = vhd.shape[-1]
     of_layer = chosen.sum(axis=1)
-    if np.isin(of_layer, (0, chosen.shape[1])).all():
+    if np.isin(of_layer, (0, n_heads)).all():
         raise InputError(
             f"the {k} heads with the largest VHD are all the heads of their layers; choose fewer with top_heads"
         )
@@ -72,7 +73,7 @@ def head_targets(
 
         return edits
 
-    other = "other heads" if (2 * of_layer <= chosen.shape[1]).all() else "heads, others as far as there are,"
+    other = "other heads" if (2 * of_layer <= n_heads).all() else "heads, others as far as there are,"
     name, control = f"the {k} heads with the largest VHD at {where}", f"{k} random {other} of the same layers"
     return [
         CausalTarget(f"{name} {what}", make(chosen), tuple(make(one) for one in controls), control)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models import Batch
 from slitlamp.tracing import AttentionEdit, Calls, Site, Trace
 from slitlamp.tracing.probe import Labels
-from slitlamp.tracing.sites import attention
+from slitlamp.tracing.sites import Positions, attention
 
 Flow = Literal["image_to_question", "image_to_last", "question_to_last", "image_to_generated"]
 FLOWS: tuple[str, ...] = get_args(Flow)
@@ -90,7 +90,12 @@ def of_flow(batch: Batch, flow: str) -> tuple[Tensor, Tensor]:
     return found[target], found[source]
 
 
-_WITHIN = {"image": "image", "question": "text_after_image", "generated": "generated", "last": "last"}
+_WITHIN: Final[dict[str, Positions]] = {
+    "image": "image",
+    "question": "text_after_image",
+    "generated": "generated",
+    "last": "last",
+}
 """Named positions of a recording that hold those of each side of a flow."""
 
 
