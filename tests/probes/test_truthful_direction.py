@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from probes import TruthfulDirection
 from probes.truthful_gather import mention_rows, named_tokens, sentence_starts
 from probes.truthful_pmc import pmc_tables
-from probes.truthful_tables import CHOSEN
+from probes.truthful_tables import CHOSEN, baseline_scores
 from slitlamp.errors import InputError, UnknownNameError
 from slitlamp.reports.style import NARROW, WIDE
 from slitlamp.reports.truthful_direction import FIGURES
@@ -305,6 +305,21 @@ def test_what_a_baseline_explains_is_not_counted_as_more() -> None:
     assert rows.loc["mention index", "gain_low"] > 0.1
 
 
+def test_the_category_baseline_is_the_smoothed_share_of_hallucinations_in_other_folds() -> None:
+    """Five mentions of average rate are added to each category's, of the training folds alone."""
+    states, label, group = planted(60, 4)
+    probe = filled({0: states[0]}, label, group, methods=["difference_of_means"], n_controls=0)
+    mentions, fit = probe.mentions(), probe.fits("difference_of_means")
+    expected = np.empty(len(mentions))
+    for held_out in fit.cv.folds.test.numpy():
+        train = mentions[~held_out]
+        for place in np.flatnonzero(held_out):
+            same = train[train["category"] == mentions["category"][place]]["hallucinated"]
+            expected[place] = (same.sum() + 5 * train["hallucinated"].mean()) / (len(same) + 5)
+    found = baseline_scores(mentions, {"difference_of_means": fit}, 0)["object category"]
+    np.testing.assert_allclose(found, expected)
+
+
 def test_the_perceptron_finds_what_no_direction_holds() -> None:
     """Label: whether two coordinates have the same sign."""
     rng = np.random.default_rng(2)
@@ -352,6 +367,17 @@ def test_pmc_controls_for_length(effect: float) -> None:
     for row in (matched, regressed):
         assert row["low"] <= effect <= row["high"]
         assert (row["p"] < 0.05) == (effect > 0)
+
+
+def test_pmc_at_equal_length_by_hand() -> None:
+    """One hallucinated mention of length 1 (.5 against .3), three of length 2 (.4 against .8): (1 x .2 - 3 x .4) / 4 = -.25.
+
+    The paper's comparison, of .425 with (3 x .3 + .8 + .9) / 5 = .52, has a length that only true mentions have.
+    """
+    rows = [(1, True, 0.5), *[(1, False, 0.3)] * 3, *[(2, True, 0.4)] * 3, (2, False, 0.8), (3, False, 0.9)]
+    sample = pd.DataFrame(rows, columns=["n_preceding", "hallucinated", "pmc"]).assign(group=range(9), token=range(9))
+    found = pmc_tables(sample, n_resamples=10)["pmc"]["value"]
+    assert found[:4].tolist() == pytest.approx([0.425, 0.52, 0.425 - 0.52, -0.25])
 
 
 def test_pmc_regression_is_least_squares() -> None:
@@ -473,13 +499,13 @@ def test_a_direction_is_carried_to_a_wider_model_by_procrustes_alone() -> None:
 
 
 def test_the_sources_threshold_is_off_where_the_target_is_shifted() -> None:
-    """The target lies one step towards hallucination: ranks are as before, and a threshold at .05 flags Phi(-1.64 + 1) of it.
+    """The target lies one step towards hallucination: ranks are as before, and a threshold at .2 flags Phi(-.84 + 1) of it.
 
-    Centred on its own mean it is where the source is. 1,050 true mentions: a standard error of .013 at .26, .007 at .05.
+    Centred on its own mean it is where the source is. 1,050 true mentions: a standard error of .015 at .56, .012 at .2.
     """
     states, label, group = planted(300, 5, delta=2.0)
     apart = states[1][label].mean(axis=0) - states[1][~label].mean(axis=0)
-    options: dict[str, Any] = {"n_folds": 3, "strengths": [10.0], "methods": ["logistic"], "target_fpr": 0.05}
+    options: dict[str, Any] = {"n_folds": 3, "strengths": [10.0], "methods": ["logistic"], "target_fpr": 0.2}
     moved = {1: states[1] + apart / np.linalg.norm(apart)}
     parts = {
         Part("m", "baseline", "here"): filled({1: states[1]}, label, group, **options),
@@ -490,11 +516,11 @@ def test_the_sources_threshold_is_off_where_the_target_is_shifted() -> None:
     table = result.tables["transfer"]
     rows = table.query("source_dataset == 'here' and target_dataset == 'there'").set_index("alignment")
     assert rows.loc["none", "auroc"] == pytest.approx(rows["target_trained"].iloc[0], abs=0.02)
-    assert rows.loc["none", "source_threshold_fpr"] == pytest.approx(norm.cdf(norm.ppf(0.05) + 1), abs=0.05)
-    assert rows.loc["none", "source_threshold_fpr_low"] > 0.1
+    assert rows.loc["none", "source_threshold_fpr"] == pytest.approx(norm.cdf(norm.ppf(0.2) + 1), abs=0.06)
+    assert rows.loc["none", "source_threshold_fpr_low"] > 0.4
     for name in ("standardised", "coral", "procrustes (mentions)"):
-        assert rows.loc[name, "source_threshold_fpr"] == pytest.approx(0.05, abs=0.025)
-        assert rows.loc[name, "source_threshold_tpr"] == pytest.approx(norm.cdf(2 + norm.ppf(0.05)), abs=0.1)
+        assert rows.loc[name, "source_threshold_fpr"] == pytest.approx(0.2, abs=0.04)
+        assert rows.loc[name, "source_threshold_tpr"] == pytest.approx(norm.cdf(2 + norm.ppf(0.2)), abs=0.06)
     assert "rates from" in result.summary
 
 
