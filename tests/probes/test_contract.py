@@ -236,11 +236,11 @@ def test_bfloat16_gives_the_same_within_its_precision(case: Case, llava: VLM, im
 
 
 def test_layers_on_other_devices_give_the_same(make: Callable[[], Probe], llava: VLM, image: Any) -> None:
-    """The first block on the CPU, the others and the tower elsewhere: the same kernels, so the same numbers."""
+    """The first block on one device, the others on another, the tower on a third: the same kernels, so the same numbers."""
     model = copy.deepcopy(llava.model)
     layers = "model.language_model.layers"
-    second = (f"{layers}.1", f"{layers}.2", "model.language_model.norm", "lm_head")
-    dispatch(model, dict.fromkeys(second, "cuda:1") | dict.fromkeys(TOWER, "cuda:2"))
+    rest = (f"{layers}.1", f"{layers}.2", "model.language_model.norm", "lm_head")
+    dispatch(model, {f"{layers}.0": "cuda:0"} | dict.fromkeys(rest, "cuda:1") | dict.fromkeys(TOWER, "cuda:2"))
     spread = make()
     with PretendDevices():
         measured(spread, VLM.wrap(model, llava.processor), image, [[0, 1]])
