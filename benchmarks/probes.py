@@ -108,6 +108,8 @@ class Outcome:
     """Of the machine when it began, without this script."""
     rounds: list[tuple[float, float]] = field(default_factory=list)
     """Seconds of slitlamp and of scikit-learn for one layer."""
+    processor: list[tuple[float, float]] = field(default_factory=list)
+    """The same in processor time, which other work on the machine changes less."""
     differences: list[float] = field(default_factory=list)
     """Per round, the largest difference of AUROC over folds and penalties."""
     best: list[tuple[float, float]] = field(default_factory=list)
@@ -136,10 +138,11 @@ class Memory:
     seconds_per_layer: float
 
 
-def timed(function: Callable[[], Found]) -> tuple[float, Found]:
-    start = time.perf_counter()
+def timed(function: Callable[[], Found]) -> tuple[tuple[float, float], Found]:
+    """(seconds, seconds of processor time over all threads), and what the function gave."""
+    start = time.perf_counter(), time.process_time()
     result = function()
-    return time.perf_counter() - start, result
+    return (time.perf_counter() - start[0], time.process_time() - start[1]), result
 
 
 def compare(size: Size, passes: int, threads: int) -> Outcome:
@@ -161,14 +164,16 @@ def compare(size: Size, passes: int, threads: int) -> Outcome:
             else:
                 mine, areas = timed(partial(ours, x, y, folds, size.strengths))
                 other, (expected, unfinished) = timed(partial(theirs, x, y, folds, size.strengths))
-            outcome.rounds.append((mine, other))
+            outcome.rounds.append((mine[0], other[0]))
+            outcome.processor.append((mine[1], other[1]))
             outcome.differences.append(float(np.abs(areas - expected).max()))
             outcome.best.append((float(areas.mean(axis=0).max()), float(expected.mean(axis=0).max())))
             outcome.unfinished += unfinished
             outcome.fits += expected.size
             print(
-                f"{threads} threads, round {number}: layer {place}: {mine:.2f} s against {other:.1f} s "
-                f"({other / mine:.1f} times), AUROC within {outcome.differences[-1]:.4f}",
+                f"{threads} threads, round {number}: layer {place}: {mine[0]:.2f} s against {other[0]:.1f} s "
+                f"({other[0] / mine[0]:.1f} times, {other[1] / mine[1]:.1f} in processor time), "
+                f"AUROC within {outcome.differences[-1]:.4f}",
                 flush=True,
             )
     return outcome
@@ -181,7 +186,7 @@ def peaks(size: Size, threads: int) -> Memory:
     x, y = layer(size, 0)
 
     def states(place: int) -> Tensor:
-        return x if place == 0 else x.roll(place, dims=1)  # a copy, as a layer read from a store is
+        return x.roll(place, dims=1)  # a copy, as a layer read from a store is
 
     def nested(n_layers: int) -> None:
         cross_validated(states, y, size.groups, strengths=size.strengths, n_folds=size.folds, n_layers=n_layers)
@@ -194,7 +199,7 @@ def peaks(size: Size, threads: int) -> Memory:
         return None if idle.bytes is None or busy.bytes is None else busy.bytes - idle.bytes
 
     with threadpool_limits(threads):
-        seconds, one = timed(partial(extra, 1))
+        (seconds, _), one = timed(partial(extra, 1))
         return Memory(one, extra(size.layers), x.nbytes, seconds)
 
 
@@ -232,19 +237,24 @@ def markdown(outcomes: Sequence[Outcome], memory: Memory, size: Size) -> str:
         "",
         f"- date: {datetime.datetime.now(datetime.UTC).date().isoformat()}",
         f"- device: {platform.machine()}, {os.cpu_count()} cores; load before: "
-        f"{', '.join(f'{one.load:.1f}' for one in outcomes)} (other work slows both; their ratio is taken within a layer)",
+        f"{', '.join(f'{one.load:.1f}' for one in outcomes)} (other work slows both; their ratio is taken within a layer, and in "
+        "processor time besides)",
         f"- versions: python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in names)}",
         "",
         "| cores | passes | slitlamp, all layers | scikit-learn, all layers | ratio of the totals | ratio per layer: median "
-        "[95 %], range |",
-        "|---|---|---|---|---|---|",
+        "[95 %], range | the same in processor time |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for one in outcomes:
-        passes, each = len(one.rounds) // size.layers, [other / mine for mine, other in one.rounds]
+        passes = len(one.rounds) // size.layers
         mine, other = one.totals
+        spreads = []
+        for rounds in (one.rounds, one.processor):
+            ratio, each = measure.ratio(rounds), [other / mine for mine, other in rounds]
+            spreads.append(f"{ratio.value:.1f} [{ratio.low:.1f}, {ratio.high:.1f}], {min(each):.1f} to {max(each):.1f}")
         lines.append(
             f"| {one.threads} | {passes} | {mine / passes:.1f} s | {other / passes:.0f} s | {other / mine:.1f} | "
-            f"{one.ratio.value:.1f} [{one.ratio.low:.1f}, {one.ratio.high:.1f}], {min(each):.1f} to {max(each):.1f} |"
+            f"{spreads[0]} | {spreads[1]} |"
         )
     best = np.mean([pair for one in outcomes for pair in one.best], axis=0)
     stopped, count = sum(one.unfinished for one in outcomes), sum(one.fits for one in outcomes)
@@ -271,10 +281,12 @@ def rows(outcomes: Sequence[Outcome], size: Size) -> list[dict[str, float]]:
     return [
         {"threads": one.threads, "pass": number // size.layers, "layer": number % size.layers,
          "slitlamp_seconds": round(mine, 3), "sklearn_seconds": round(other, 3), "ratio": round(other / mine, 2),
+         "slitlamp_processor_seconds": round(used[0], 3), "sklearn_processor_seconds": round(used[1], 3),
+         "processor_ratio": round(used[1] / used[0], 2),
          "auroc_difference": round(difference, 6), "slitlamp_auroc": round(best[0], 5), "sklearn_auroc": round(best[1], 5)}
         for one in outcomes
-        for number, ((mine, other), difference, best) in enumerate(
-            zip(one.rounds, one.differences, one.best, strict=True)
+        for number, ((mine, other), used, difference, best) in enumerate(
+            zip(one.rounds, one.processor, one.differences, one.best, strict=True)
         )
     ]  # fmt: skip
 

@@ -127,12 +127,20 @@ class LinearProbe(GatheringProbe):
         return fit, n_folds
 
     def _table(self, name: str, fit: CrossValidated, n_folds: int) -> pd.DataFrame:
+        """A row per layer. Ends of the control are its lowest and highest labeling; those of selectivity are AUROC's interval
+        minus the highest and the lowest control, which is wider than an interval of the mean.
+        """
         group, positive = self._get("group"), fit.labels.numpy()
         areas = [
             auroc_interval(score, positive, group, n_resamples=self.n_resamples, seed=self.seed)
             for score in fit.scores.numpy()
         ]
         drawn = fit.control_auroc.shape[1] > 0
+        lowest, highest = (
+            (fit.control_auroc.amin(dim=1).numpy(), fit.control_auroc.amax(dim=1).numpy())
+            if drawn
+            else (np.nan, np.nan)
+        )
         null = fit.null_auroc.shape[1] > 0
         return pd.DataFrame(
             {
@@ -143,7 +151,11 @@ class LinearProbe(GatheringProbe):
                 "low": [one.low for one in areas],
                 "high": [one.high for one in areas],
                 "control": fit.control_auroc.mean(dim=1).numpy() if drawn else np.nan,
+                "control_low": lowest,
+                "control_high": highest,
                 "selectivity": fit.selectivity.numpy(),
+                "selectivity_low": np.array([one.low for one in areas]) - highest,
+                "selectivity_high": np.array([one.high for one in areas]) - lowest,
                 "null_high": fit.null_auroc.quantile(0.95, dim=1).numpy() if null else np.nan,
                 "p": fit.p.numpy(),
                 "p_any_layer": fit.p_any_layer.numpy(),

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from probes.folds import grouped_folds
-from probes.linear_fits import cross_validated
+from probes.linear_fits import cross_validated, fit_logistic
 from probes.transfer import (
     Alignment,
     coral,
@@ -137,7 +137,7 @@ def transferred(
     aligner: Aligner,
     held_out: Sequence[NDArray[Any]],
     options: Options,
-    strengths: Sequence[float] | None = None,
+    strength: float | None = None,
 ) -> Carried:
     """Judge the target by classifiers that saw source labels only, and no label or state of the mention's image.
 
@@ -146,7 +146,8 @@ def transferred(
         aligner: how they are brought together, on the images that are not held out.
         held_out: per fold, its images; they take turns in both domains.
         options: of the fits.
-        strengths: penalties to choose from inside the source's training set; None for those of the options.
+        strength: a penalty that is known. None for one chosen inside the source's training set, and only then is there a
+            threshold: otherwise `above` is NaN.
     """
     scores, above = np.full(len(target.states), np.nan), np.full(len(target.states), np.nan)
     for images in held_out:
@@ -156,7 +157,7 @@ def transferred(
             continue
         maps = aligner(source.states[train], target.states[unlabelled], images)
         weights, bias, threshold = _classifier(
-            maps.source(source.states[train]), source.hallucinated[train], source.group[train], options, strengths
+            maps.source(source.states[train]), source.hallucinated[train], source.group[train], options, strength
         )
         scores[test] = maps.target(target.states[test]) @ weights + bias
         above[test] = scores[test] - threshold
@@ -164,19 +165,21 @@ def transferred(
 
 
 def _classifier(
-    x: FloatArray, label: NDArray[np.bool_], group: NDArray[Any], options: Options, strengths: Sequence[float] | None
+    x: FloatArray, label: NDArray[np.bool_], group: NDArray[Any], options: Options, strength: float | None
 ) -> tuple[FloatArray, float, float]:
     """Weights and intercept of a logistic regression, and its threshold for `target_fpr`.
 
     Both the penalty and the threshold come from a cross-validation inside these samples.
     """
-    wanted = options.strengths if strengths is None else tuple(strengths)
+    states = torch.from_numpy(x).float()
+    if strength is not None:
+        fit = fit_logistic(states, torch.from_numpy(label), None, [strength])
+        return fit.coefficients[0, 0, 0].double().numpy(), float(fit.intercept[0, 0, 0]), float("nan")
+    wanted = options.strengths
     n_folds = min(INNER_FOLDS, *(len(np.unique(group[label == side])) for side in (True, False)))
     if n_folds < 3:
         wanted = (sorted(wanted)[len(wanted) // 2],)
-    found = cross_validated(
-        [torch.from_numpy(x).float()], label, group, strengths=wanted, n_folds=n_folds, seed=options.seed
-    )
+    found = cross_validated([states], label, group, strengths=wanted, n_folds=n_folds, seed=options.seed)
     level = threshold_at_fpr(log_odds(found.probabilities[0]), label, group, options.target_fpr, n_resamples=1)
     return found.directions[0].double().numpy(), float(found.intercepts[0]), level.value
 
@@ -314,9 +317,9 @@ def _row(
     found: dict[str, Any] = {
         "source_layer": source_layer, "target_layer": target_layer, "alignment": alignment, "components": components
     }  # fmt: skip
-    for name, one in columns.items():
+    for name, interval in columns.items():
         prefix = "" if name == "auroc" else f"{name}_"
-        found |= {name: one.value, f"{prefix}low": one.low, f"{prefix}high": one.high}
+        found |= {name: interval.value, f"{prefix}low": interval.low, f"{prefix}high": interval.high}
     return {
         **found,
         "chance": 0.5,
@@ -369,7 +372,7 @@ def layer_transfer(
     first = next(iter(domains.values()))
     group, label = first.group, first.hallucinated
     folds = [np.unique(group[test]) for test in fits.cv.folds.test.numpy()]
-    strengths = {layer: [float(fits.cv.final_strengths[place])] for place, layer in enumerate(fits.layers)}
+    strengths = {layer: float(fits.cv.final_strengths[place]) for place, layer in enumerate(fits.layers)}
     bare = [one for one in names if one != "procrustes"]
 
     def carried(a: int, b: int, aligner: Aligner) -> Interval:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from slitlamp.reports.style import WIDE
+from slitlamp.reports.style import WIDE, style
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -29,5 +29,6 @@ class Drawing:
     function: Callable[[Tables, float], Figure | None]
 
     def draw(self, tables: Tables, width: float = WIDE) -> Figure | None:
-        """Draw it; None where the tables hold nothing to draw."""
-        return self.function(tables, width)
+        """Draw it under the style sheet; None where the tables hold nothing to draw."""
+        with style():
+            return self.function(tables, width)

@@ -18,25 +18,30 @@ from slitlamp.reports.style import BLUE, GREEN, INK, ORANGE, PURPLE, VERMILLION,
 COLOURS: Final = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE)
 MARKERS: Final = ("o", "s", "D", "^", "P")
 LINES: Final[tuple[Any, ...]] = ("-", (0, (6, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (2, 1.2)), (0, (7, 3)))
-CONTROL: Final = "control labels (mean)"
+CONTROL: Final = "control labels"
 NULL: Final = "95 % of permuted labels"
 
 
 @styled
 def layer_curves(layers: pd.DataFrame, value: str, ax: Axes) -> Axes:
-    """A column against the layer for each class, with the interval where it has one, control labels and permutations."""
+    """A column against the layer for each class with its interval; beside AUROC control labels and permutations."""
     for place, (_, rows) in enumerate(layers.groupby("positive", sort=False)):
         colour, marker, line = (kind[place % len(kind)] for kind in (COLOURS, MARKERS, LINES))
         ax.plot(rows["layer"], rows[value], color=colour, marker=marker, linestyle=line, markersize=4.5, label="_curve")
-        if value == "auroc":
-            ax.fill_between(rows["layer"], rows["low"], rows["high"], color=colour, alpha=0.16, linewidth=0)
-            if place == 0:
-                ax.plot(
-                    rows["layer"], rows["control"], color=INK, linestyle=(0, (1, 1.2)), linewidth=1.1, label="_control"
-                )
-                ax.plot(
-                    rows["layer"], rows["null_high"], color=INK, linestyle=(0, (5, 2)), linewidth=0.9, label="_null"
-                )
+        low, high = ("low", "high") if value == "auroc" else (f"{value}_low", f"{value}_high")
+        ax.fill_between(rows["layer"], rows[low], rows[high], color=colour, alpha=0.16, linewidth=0)
+        if value == "auroc" and place == 0:
+            ax.fill_between(
+                rows["layer"],
+                rows["control_low"],
+                rows["control_high"],
+                color=INK,
+                alpha=0.1,
+                linewidth=0,
+                hatch="....",
+            )
+            ax.plot(rows["layer"], rows["control"], color=INK, linestyle=(0, (1, 1.2)), linewidth=1.1, label="_control")
+            ax.plot(rows["layer"], rows["null_high"], color=INK, linestyle=(0, (5, 2)), linewidth=0.9, label="_null")
     reference_line(ax, 0.5 if value == "auroc" else 0.0, "", horizontal=True)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     ax.set_xlabel("layer")
@@ -87,7 +92,8 @@ def _caption(tables: Tables) -> str:
     return (
         f"AUROC of linear probes for {first['target']} ({', '.join(dict.fromkeys(map(str, layers['positive'])))} against the "
         f"rest) on images they were not fitted on ({n_folds} folds over {int(first['n_images'])} images), with 95 % bootstrap "
-        "intervals over images. Control labels are drawn at random per type; selectivity is the difference. Grey line: chance."
+        "intervals over images. Control labels are drawn at random per type (mean and range of the draws); selectivity is the "
+        "difference, its band from the interval and the range. Grey line: chance."
     )
 
 

@@ -134,14 +134,10 @@ def _kinds(moved: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The rows of each alignment by the name it is shown under; of subspace alignment the best number of components."""
     best = moved[moved["alignment"] == "subspace"]
     best = best[best["components"] == _best_components(best)]
-    kinds = {
-        "unaligned": moved[moved["alignment"] == "none"],
-        "standardised": moved[moved["alignment"] == "standardised"],
-    }
-    kinds[f"subspace, d' = {int(best['components'].iloc[0])}" if len(best) else "subspace"] = best
-    kinds["CORAL"] = moved[moved["alignment"] == "coral"]
-    for name in sorted(one for one in moved["alignment"].unique() if one.startswith("procrustes")):
-        kinds[name.replace("procrustes", "Procrustes")] = moved[moved["alignment"] == name]
+    kinds = {panels.alignment_name(name): moved[moved["alignment"] == name] for name in ("none", "standardised")}
+    kinds[f"subspace (d' = {int(best['components'].iloc[0])})" if len(best) else "subspace"] = best
+    for name in ("coral", *sorted(one for one in moved["alignment"].unique() if one.startswith("procrustes"))):
+        kinds[panels.alignment_name(name)] = moved[moved["alignment"] == name]
     return {name: one for name, one in kinds.items() if one["auroc"].notna().any()}
 
 
@@ -177,7 +173,7 @@ def _matrices(varies: str) -> Any:
         labels = [short[one.rsplit("/", 1)[-1]] for one in names]
         columns = 1 if is_narrow(width) else min(3, len(kinds))
         n_rows = -(-len(kinds) // columns)
-        figure = new_figure(width, n_rows * (0.42 * len(names) + 1.35))
+        figure = new_figure(width, n_rows * (0.42 * len(names) + 1.45))
         axes = figure.subplots(n_rows, columns, squeeze=False).ravel()
         for ax, (name, one) in zip(axes, kinds.items(), strict=False):
             both = pd.concat([one, itself])
@@ -186,7 +182,7 @@ def _matrices(varies: str) -> Any:
                 target=both["target"].map(dict(zip(names, labels, strict=True))),
             )
             panels.matrix_panel(both, labels, labels, ax, bar=False)
-            ax.set_title(name)
+            ax.set_title(name.replace(" (", "\n("))
             ax.tick_params(axis="x", rotation=30)
         for ax in axes[len(kinds) :]:
             ax.set_visible(False)
@@ -262,8 +258,8 @@ FIGURES: Final[dict[str, Drawing]] = {
     "pmc": Drawing(
         "The least confident step before a mention (PMC)",
         lambda tables: (
-            "Mean over mentions of the smallest of the largest probabilities among the preceding tokens of the sentence, by how "
-            "many there are (points of at least 5 mentions), and hallucinated minus true mentions without and with control of "
+            "PMC: mean over mentions of the smallest of the largest probabilities among the preceding tokens of the sentence, by "
+            "how many there are (points of at least 5 mentions), and hallucinated minus true ones without and with control of "
             "that number; 95 % intervals over images. Published: .29 hallucinated against .22 true, and .247 against .2975 in a "
             "replication."
         ),

@@ -40,6 +40,14 @@ METHOD_LINES: Final[dict[str, Any]] = {
     "mlp": (0, (4, 1.5, 1, 1.5)),
 }
 KINDS: Final = ("object", "hallucinated")
+ALIGNMENT_NAMES: Final = {"none": "unaligned", "coral": "CORAL"}
+DARK_BELOW: Final = 0.62
+"""AUROC below which a cell of `matrix_panel` is so dark that its text is white."""
+
+
+def alignment_name(name: str) -> str:
+    """How an alignment is called in figures."""
+    return ALIGNMENT_NAMES.get(name, name.replace("procrustes", "Procrustes"))
 
 
 @styled
@@ -56,6 +64,8 @@ def layer_curve(layers: pd.DataFrame, method: str, confidence: pd.Series | None,
     x = rows["layer"].to_numpy(dtype=np.float64)
     colour = METHOD_COLOURS.get(method, BLUE)
     ax.fill_between(x, rows["low"], rows["high"], color=colour, alpha=0.18, linewidth=0)
+    if len(x) == 1:  # a band has no width there
+        ax.vlines(x, rows["low"], rows["high"], color=colour, linewidth=1.6)
     ax.plot(
         x, rows["auroc"], color=colour, marker=METHOD_MARKERS.get(method, "o"), linestyle=METHOD_LINES.get(method, "-"),
         label="probe",
@@ -138,6 +148,8 @@ def roc_panel(
     grid = np.geomspace(floor, 1, 200)
     ax.plot(grid, grid, color=GREY, linewidth=1.0, linestyle=(0, (4, 2)), label="chance")
     ax.set_xscale("log")
+    ticks = [one for one in (0.001, 0.01, 0.1, 1.0) if one >= floor]
+    ax.set_xticks(ticks, labels=[f"{one:g}" for one in ticks])
     ax.set_xlim(floor, 1)
     ax.set_ylim(0, 1.01)
     for rate in (0.01, 0.05):
@@ -175,6 +187,8 @@ def matrix_panel(table: pd.DataFrame, rows: list[str], columns: list[str], ax: A
         grid.astype(float), ax=ax, cmap=MAP, vmin=0.4, vmax=0.9, annot=notes, fmt="", annot_kws={"fontsize": 7.5},
         linewidths=0.8, linecolor="white", cbar=bar, cbar_kws={"label": "AUROC (chance .5)", "shrink": 0.9, "pad": 0.03},
     )  # fmt: skip
+    for text, value in zip(ax.texts, grid.to_numpy(dtype=np.float64).ravel(), strict=True):
+        text.set_color("white" if value < DARK_BELOW else INK)
     ax.tick_params(length=0)
     ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
     ax.set_xlabel("applied to")
@@ -201,7 +215,7 @@ def component_panel(table: pd.DataFrame, ax: Axes) -> Axes:
     }
     for name, value in table[table["components"].isna()].groupby("alignment")["auroc"].first().items():
         colour, line = looks.get(str(name), (PURPLE, (0, (3, 1, 1, 1, 1, 1)) if "prompt" in str(name) else (0, (8, 2))))
-        ax.axhline(value, color=colour, linestyle=line, linewidth=1.4, label=str(name))
+        ax.axhline(value, color=colour, linestyle=line, linewidth=1.4, label=alignment_name(str(name)))
     ax.axhline(table["target_trained"].iloc[0], color=ORANGE, linewidth=1.6, label="trained on the target")
     ax.axhline(0.5, color=GREY, linewidth=1.0, linestyle=(0, (4, 2)), label="chance")
     ax.set_xscale("log", base=2)
@@ -239,7 +253,7 @@ def pmc_panel(table: pd.DataFrame, ax: Axes, *, minimum: int = 5) -> Axes:
     ax.set_xlim(-0.5, max(len(lengths), 1) - 0.5)
     ax.set_ylim(0, 1)
     ax.set_xlabel("preceding tokens of the sentence")
-    ax.set_ylabel("PMC (smallest of their largest probabilities)")
+    ax.set_ylabel("PMC, mean over mentions")
     return ax
 
 
@@ -264,5 +278,6 @@ def difference_panel(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.tick_params(axis="y", length=0)
     reference_line(ax, 0.0)
-    ax.set_xlabel("PMC, hallucinated minus true")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=3))
+    ax.set_xlabel("PMC, hallucinated \N{MINUS SIGN} true")
     return ax

@@ -106,6 +106,10 @@ def test_a_planted_direction_is_found_where_it_is(target: str) -> None:
     assert signal["layer"] == 7
     assert signal["auroc"] == pytest.approx(0.921, abs=0.03)
     assert signal["selectivity"] > 0.3
+    draws = tables["controls"].query("kind == 'control' and layer == 7")["auroc"]
+    assert [signal["control_low"], signal["control_high"]] == [draws.min(), draws.max()]
+    assert signal["selectivity_low"] == pytest.approx(signal["low"] - draws.max())
+    assert signal["selectivity_low"] < signal["selectivity"] < signal["selectivity_high"]
     assert signal["p"] == signal["p_any_layer"] == 1 / 20
     assert noise["low"] < 0.5 < noise["high"]
     assert noise["p"] > 0.05

@@ -618,6 +618,14 @@ def test_figures_are_drawn_from_tables() -> None:
         varies = "models" if names[1][0] == "b" else "datasets"
         drawn = {name for name, one in FIGURES.items() if one.draw(result.tables, NARROW) is not None}
         assert drawn == {f"transfer_{varies}", "components"}
-    drawn = {name for name, one in FIGURES.items() if one.draw(tables, WIDE) is not None}
-    assert drawn == {"layers", "scores", "roc", "pmc", "layer_transfer"}
+    drawn = {name: one.draw(tables, WIDE) for name, one in FIGURES.items()}
+    assert {name for name, one in drawn.items() if one is not None} == {
+        "layers",
+        "scores",
+        "roc",
+        "pmc",
+        "layer_transfer",
+    }
+    ticks = [text.get_text() for text in drawn["roc"].axes[0].get_xticklabels()]  # type: ignore[union-attr]
+    assert set(ticks) <= {"0.001", "0.01", "0.1", "1"}  # not the mathematics of a logarithmic axis, which is not parsed
     assert all(one.caption(tables) for one in FIGURES.values())
