@@ -288,6 +288,22 @@ def test_planted_heads_are_the_causal_targets_and_their_controls_are_others(imag
     assert not torch.equal(changed[2][:, :, 1], free[:, :, 1])
 
 
+def test_heads_at_a_mention_are_those_of_its_layer_and_token(llava: VLM, image: Any) -> None:
+    """Where the first token is the mention, its map is that of the first token, layer by layer; and not where the second is."""
+    batch = llava.encode(images=[image(0), image(1)], prompts=["<image> is there a dog ?"] * 2)
+    probe = HeadDivergence(n_resamples=20)
+    labels = [
+        pd.DataFrame({"token": [0, 1], "word": ["a", "b"], "label": label})
+        for label in (["object", "other"], ["other", "hallucinated"])
+    ]
+    llava.measure(probe, batch.with_continuation([[6, 7], [8, 9]]), labels)
+    first, mentions = probe._get("first")[:, 0], probe._get("object_map")
+    assert mentions.shape == first.shape == (2, 3, 4)
+    np.testing.assert_allclose(mentions[0], first[0], rtol=1e-4)
+    assert np.abs(first[0] - np.roll(first[0], 1, axis=0)).max() > 0.1 * first[0].max()
+    assert np.abs(mentions[1] - first[1]).max() > 1e-3 * first[1].max()
+
+
 def test_mean_ablation_puts_the_mean_over_the_measured_positions(llava: VLM, caption: Any) -> None:
     probe = HeadDivergence(top_heads=1, n_resamples=20)
     llava.measure(probe, caption)

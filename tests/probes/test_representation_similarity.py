@@ -197,6 +197,23 @@ def test_planted_layers_and_models() -> None:
     assert FIGURES["models"].draw(result.tables) is None
 
 
+@pytest.mark.parametrize("position", ["last", "image_mean", "text_mean"])
+def test_states_are_those_that_were_asked_for(position: Any, llava: VLM, image: Any) -> None:
+    """Against Hugging Face's hidden states of every row by itself; the text after the image is also what was generated."""
+    prompts, generated = ["<image> is there a dog ?", "describe this <image> ."], [[6, 7], [8]]
+    probe = RepresentationSimilarity(position=position, layers=[0, 1])
+    llava.measure(probe, llava.encode([image(0), image(1)], prompts).with_continuation(generated))
+    for row in range(2):
+        alone = llava.encode([image(row)], [prompts[row]]).with_continuation([generated[row]])
+        hidden = llava.model(**alone.inputs(), output_hidden_states=True).hidden_states
+        wanted = {"image_mean": alone.image_mask[0], "text_mean": alone.text_after_image_mask[0]}.get(position)
+        for layer in (0, 1):
+            states = hidden[layer + 1][0]
+            last = len(states) - len(generated[row]) - 1
+            expected = states[last] if wanted is None else states[wanted].mean(dim=0)
+            np.testing.assert_allclose(probe._get("state")[row, layer], expected.detach(), rtol=1e-3, atol=1e-5)
+
+
 def test_unusable_parameters_are_refused(llava: VLM) -> None:
     for parameters, match in (
         ({"measures": ["ckaa"]}, "cka"),
