@@ -141,5 +141,5 @@ def measured(
         interval = group_jackknife(value, left, sizes, level=level)
         low, high = interval.low, interval.high
     null = np.array([measure(x, y[order]) for order in permutations])
-    drawn = (null.mean(), np.quantile(null, 0.95)) if len(null) else (np.nan, np.nan)
-    return Similarity(value, low, high, *map(float, drawn), float(exceedance_p(value, null)))
+    mean, upper = (float(null.mean()), float(np.quantile(null, 0.95))) if len(null) else (np.nan, np.nan)
+    return Similarity(value, low, high, mean, upper, float(exceedance_p(value, null)))

@@ -72,10 +72,10 @@ def causal_check(
 
     Returns:
         One row per target and outcome (see `OUTCOMES`): target, control (what the random targets are), outcome, effect,
-        low, high, control_effect, control_low, control_high (the mean over draws), difference, difference_low,
-        difference_high (target minus controls, paired), ratio, ratio_low, ratio_high (KL only), draws_exceeded (how many of
-        the n_draws random targets have the smaller effect, in size), p ((1 + draws with as large an effect) / (1 + n_draws);
-        of each row by itself), n_groups, n_tokens, and finding:
+        low, high, control_effect, control_low, control_high (the mean over draws), draws_min, draws_max (the smallest and the
+        largest of them), difference, difference_low, difference_high (target minus controls, paired), ratio, ratio_low,
+        ratio_high (KL only), draws_exceeded (how many of the n_draws random targets have the smaller effect, in size), p
+        ((1 + draws with as large an effect) / (1 + n_draws); of each row by itself), n_groups, n_tokens, and finding:
 
         - "more than random": the interval of the ratio (of the difference, for the signed outcomes) excludes equality, and p
           is at most 1 - level. Of targets that are random themselves no more than 1 - level are called so.
@@ -183,6 +183,8 @@ def _table(target: CausalTarget, sums: _Sums, draws: _Sums, options: dict[str, f
                 "outcome": outcome,
                 **_columns("effect", effect, bare=True),
                 **_columns("control", control),
+                "draws_min": each[:, place].min(),
+                "draws_max": each[:, place].max(),
                 **_columns("difference", difference, bare=False),
                 **_columns("ratio", share, bare=False),
                 "draws_exceeded": exceeded,

@@ -9,6 +9,7 @@ from typing import Any, Final
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from slitlamp.causal import causal_sentences
 from slitlamp.reports.draw import is_narrow, legend_below, reference_line
@@ -30,10 +31,11 @@ _CONTROLS: Final = ((GREY, "v"), (ORANGE, "^"), (GREEN, "D"))
 
 @styled
 def causal_panel(rows: pd.DataFrame, ax: Axes | None = None, *, names: bool = True) -> Axes:
-    """One outcome: every target (filled), and under it the mean of each kind of random targets (open), with intervals.
+    """One outcome: every target (filled), and under it the mean of each kind of random targets (open), with intervals, and as a
+    thin line from the least to the largest of them.
 
     Args:
-        rows: of one outcome: target, control, effect, low, high, control_effect, control_low, control_high.
+        rows: of one outcome: target, control, effect, low, high, control_effect, control_low, control_high, draws_min, draws_max.
         ax: where to draw; a new figure if None.
         names: whether the targets are named at the axis.
     """
@@ -49,8 +51,12 @@ def causal_panel(rows: pd.DataFrame, ax: Axes | None = None, *, names: bool = Tr
             kind = kinds.index(row["control"]) if shared else number
             colour, marker = _CONTROLS[kind % len(_CONTROLS)]
             name = str(row["control"]) if shared else "matched random targets"
-            _mark(ax, row, "control_", top - step * (number + 1), colour, marker, "white", name)
+            y = top - step * (number + 1)
+            if "draws_min" in row:  # runs of earlier versions have not kept them
+                ax.plot([row["draws_min"], row["draws_max"]], [y, y], color=colour, linewidth=0.8, label="_draws")
+            _mark(ax, row, "control_", y, colour, marker, "white", name)
     reference_line(ax, 0.0)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.set_yticks(range(len(targets)), labels=[_wrapped(one) for one in reversed(targets)] if names else [])
     ax.set_ylim(-0.6, len(targets) - 0.4)
     return ax
@@ -106,7 +112,8 @@ def _caption(tables: Tables) -> str:
     return (
         "What intervening on the finding does to the next token, given the same text, at "
         f"{count(n_tokens, 'token')} of {count(n_images, 'image')}, with bootstrap intervals by image. Below it the mean of "
-        f"{count(int(table['n_draws'].max()), 'random draw')} at most: {controls}. Above zero, the tokens become more likely."
+        f"{count(int(table['n_draws'].max()), 'random draw')} at most, and as a thin line their range: {controls}. Above zero, "
+        "the tokens become more likely."
     )
 
 

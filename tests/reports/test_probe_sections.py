@@ -126,7 +126,8 @@ def test_a_causal_check_is_drawn_and_said(make_run: Callable[..., Path]) -> None
         [
             {
                 **one, "outcome": outcome, "effect": 0.5, "low": 0.4, "high": 0.6, "control_effect": 0.1,
-                "control_low": 0.05, "control_high": 0.15, "difference": 0.4, "difference_low": 0.3, "difference_high": 0.5,
+                "control_low": 0.05, "control_high": 0.15, "draws_min": 0.0, "draws_max": 0.3,
+                "difference": 0.4, "difference_low": 0.3, "difference_high": 0.5,
                 "ratio": 5.0, "ratio_low": 4.0, "ratio_high": 6.0, "draws_exceeded": 5, "n_draws": 5, "n_groups": 40,
                 "n_tokens": 160, "p": 1 / 6, "finding": "more than every control",
             }
@@ -150,7 +151,7 @@ def test_controls_of_a_target_stand_under_it_and_are_told_apart() -> None:
     rows = [
         {
             "target": target, "control": kind, "effect": 0.5, "low": 0.4, "high": 0.6, "control_effect": value,
-            "control_low": value - 0.05, "control_high": value + 0.05,
+            "control_low": value - 0.05, "control_high": value + 0.05, "draws_min": 0.0, "draws_max": 0.6,
         }
         for target in names
         for kind, value in kinds.items()
@@ -162,6 +163,7 @@ def test_controls_of_a_target_stand_under_it_and_are_told_apart() -> None:
     ]
     shown = [("what the probe points at", 0.5), *kinds.items()]
     assert points == shown * 2
+    assert [list(one.get_xdata()) for one in panel.lines if one.get_label() == "_draws"] == [[0.0, 0.6]] * 4
     figure.canvas.draw()
     boxes = [one.get_window_extent() for one in panel.get_yticklabels()]
     assert not boxes[0].overlaps(boxes[1])
