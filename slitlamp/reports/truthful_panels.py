@@ -187,7 +187,8 @@ def matrix_panel(table: pd.DataFrame, rows: list[str], columns: list[str], ax: A
         grid.astype(float), ax=ax, cmap=MAP, vmin=0.4, vmax=0.9, annot=notes, fmt="", annot_kws={"fontsize": 7.5},
         linewidths=0.8, linecolor="white", cbar=bar, cbar_kws={"label": "AUROC (chance .5)", "shrink": 0.9, "pad": 0.03},
     )  # fmt: skip
-    for cell, value in zip(ax.texts, grid.to_numpy(dtype=np.float64).ravel(), strict=True):
+    values = grid.to_numpy(dtype=np.float64)
+    for cell, value in zip(ax.texts, values[np.isfinite(values)], strict=True):  # empty cells have no text
         cell.set_color("white" if value < DARK_BELOW else INK)
     ax.tick_params(length=0)
     ax.set_yticklabels(ax.get_yticklabels(), rotation=0)

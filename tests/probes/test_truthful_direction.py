@@ -618,6 +618,8 @@ def test_figures_are_drawn_from_tables() -> None:
         varies = "models" if names[1][0] == "b" else "datasets"
         drawn = {name for name, one in FIGURES.items() if one.draw(result.tables, NARROW) is not None}
         assert drawn == {f"transfer_{varies}", "components"}
+    some = result.tables["transfer"].query("source_dataset != 'other' or target_dataset != 'data'")
+    assert FIGURES["transfer_datasets"].draw({"transfer": some}) is not None  # a pair that could not be carried
     drawn = {name: one.draw(tables, WIDE) for name, one in FIGURES.items()}
     assert {name for name, one in drawn.items() if one is not None} == {
         "layers",
