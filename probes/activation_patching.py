@@ -273,15 +273,19 @@ class ActivationPatching(GatheringProbe):
         )
 
     def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
-        """The four heads that carry most, set to zero, against as many random others."""
+        """The four heads that carry most, set to zero, against as many random others.
+
+        Raises:
+            InputError: heads are not among the components, or nothing was taken in.
+        """
+        if "heads" not in self.components:
+            raise InputError("activation patching points at heads, which are not among its components here")
         tables = tables_of(self._gather())
         heads = tables.get("heads")
         if heads is None:
             found = tables["attribution"]
             heads = found[found["component"] == "heads"].rename(columns={"place": "head"})
         heads = heads[heads["direction"] == self.directions[0]].sort_values("effect", ascending=False)
-        if not len(heads):
-            return []
         pairs = [(int(layer), int(head)) for layer, head in zip(heads["layer"], heads["head"], strict=True)]
         count = min(4, len(pairs) // 2)
         top, others = pairs[:count], pairs[count:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -305,6 +306,8 @@ def test_the_finding_is_given_as_edits_with_controls(planted: tuple[VLM, Activat
     ]
     assert changes[0] > 1
     assert max(changes[1:]) < 1e-5
+    with pytest.raises(InputError, match="heads, which are not among"):
+        replace(probe, components=("positions",)).causal_targets(vlm.anatomy)
 
 
 def test_no_image_no_item() -> None:
