@@ -21,22 +21,23 @@ def random_directions(width: int, seed: int, count: int = N_DRAWS) -> list[Tenso
     return [torch.randn(width, generator=generator) for _ in range(count)]
 
 
-def shuffled_directions(states: Tensor, positive: Array, group: Array, seed: int, count: int = N_DRAWS) -> list[Tensor]:
-    """Differences of means [d] when the labels of whole groups are dealt out again.
+def shuffled_directions(
+    estimate: Callable[[Array], Tensor], positive: Array, group: Array, seed: int, count: int = N_DRAWS
+) -> list[Tensor]:
+    """What the same estimate gives when the labels of whole groups are dealt out again.
 
-    They say nothing of the label, but lie where states vary, which random directions do not: most of those point into
-    dimensions of which a model makes little use, so that nearly any direction found in states does more than they do.
+    These directions say nothing of the label, but lie where states vary, which random directions do not: most of those point
+    into dimensions of which a model makes little use, so that nearly any direction found in states does more than they do.
 
     Args:
-        states: [sample, d].
+        estimate: from labels bool [sample] to a direction [d].
         positive: bool [sample].
         group: [sample], the image.
         seed: of the shuffles.
         count: how many.
     """
     rng = np.random.default_rng([seed, 11])
-    drawn = [torch.from_numpy(permuted(positive, group, rng)) for _ in range(count)]
-    return [(states[one].mean(dim=0) - states[~one].mean(dim=0)).float() for one in drawn]
+    return [estimate(permuted(positive, group, rng)).float() for _ in range(count)]
 
 
 def direction_targets(
@@ -44,7 +45,7 @@ def direction_targets(
     direction: Tensor,
     edit: Callable[[Tensor], EditsOf],
     *,
-    states: Tensor,
+    estimate: Callable[[Array], Tensor],
     positive: Array,
     group: Array,
     seed: int,
@@ -55,10 +56,10 @@ def direction_targets(
         name: of what is done.
         direction: [d].
         edit: from a direction to edits; the length of the direction must not matter.
-        states, positive, group, seed: as in `shuffled_directions`.
+        estimate, positive, group, seed: as in `shuffled_directions`; `direction` is the estimate of `positive`.
     """
     controls = {
         RANDOM: random_directions(len(direction), seed),
-        SHUFFLED: shuffled_directions(states, positive, group, seed),
+        SHUFFLED: shuffled_directions(estimate, positive, group, seed),
     }
     return [CausalTarget(name, edit(direction), tuple(map(edit, drawn)), what) for what, drawn in controls.items()]

@@ -13,6 +13,7 @@ import torch
 from probes.direction_targets import direction_targets
 from probes.labelled_states import classes, gathered_rows, state_site
 from probes.linear_fits import DEFAULT_STRENGTHS, METHODS, CrossValidated, cross_validated
+from probes.steering_vectors import steering_vector
 from slitlamp.decoding.edits import remove_direction
 from slitlamp.errors import InputError, unknown
 from slitlamp.evaluation.detection import auroc_interval
@@ -178,6 +179,8 @@ class LinearProbe(GatheringProbe):
         place = int(fit.auroc.argmax())
         layer = int(self._get("layer")[place])
 
+        states = torch.from_numpy(self._get("state")[:, place])
+
         def without(removed: torch.Tensor) -> EditsOf:
             return lambda batch: remove_direction([layer], removed)
 
@@ -185,7 +188,9 @@ class LinearProbe(GatheringProbe):
             f"the direction of {one!r} taken out after block {layer}",
             fit.directions[place].float(),
             without,
-            states=torch.from_numpy(self._get("state")[:, place]),
+            estimate=lambda label: steering_vector(
+                states, label, group, self.method, float(fit.final_strengths[place])
+            ),
             positive=value == one,
             group=group,
             seed=self.seed,

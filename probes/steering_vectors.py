@@ -191,7 +191,8 @@ class SteeringVectors(GatheringProbe):
         mine = layers[layers["method"] == self.methods[0]].reset_index(drop=True)
         place = int(mine["auroc"].idxmax())
         layer, vector = int(mine["layer"][place]), self.vectors()[self.methods[0]][place]
-        states, (name, positive) = torch.from_numpy(self._get("state")[:, place]), self._sides()
+        states, group = torch.from_numpy(self._get("state")[:, place]), self._get("group")
+        name, positive = self._sides()
 
         def added(direction: Tensor) -> EditsOf:
             return lambda batch: add_direction(layer, direction, self.scale)
@@ -204,7 +205,8 @@ class SteeringVectors(GatheringProbe):
             for what, edit in ((f"added ({self.scale:g} of the norm) after", added), ("taken out after", removed))
             for target in direction_targets(
                 f"the direction of {name} {what} block {layer}", vector, edit,
-                states=states, positive=positive, group=self._get("group"), seed=self.seed,
+                estimate=lambda label: steering_vector(states, label, group, self.methods[0], self.strength),
+                positive=positive, group=group, seed=self.seed,
             )
         ]  # fmt: skip
 

@@ -15,6 +15,7 @@ from probes.ledger_combination import combination_table, out_of_fold, probe_fits
 from probes.ledger_ranking import FALSE, TRUE, Detection, agreement_table, ranking_table, redundancy_table
 from probes.ledger_readings import Need, Readings, Settings, checked_layer, sites_for, views_for
 from probes.ledger_signals import Signal, chosen_signals, signal_table
+from probes.steering_vectors import steering_vector
 from slitlamp.decoding.edits import remove_direction
 from slitlamp.errors import InputError
 from slitlamp.models import Anatomy, Batch
@@ -178,7 +179,8 @@ class TokenLedger(GatheringProbe):
 
         return direction_targets(
             f"the direction of the ledger's truthful score taken out after block {layer}", fits.directions[0].float(), removed,
-            states=states, positive=false, group=image, seed=self.seed,
+            estimate=lambda label: steering_vector(states, label, image, "logistic", float(fits.final_strengths[0])),
+            positive=false, group=image, seed=self.seed,
         )  # fmt: skip
 
     @classmethod

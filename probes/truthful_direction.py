@@ -13,6 +13,7 @@ from torch import Tensor
 
 from probes.direction_targets import direction_targets
 from probes.linear_fits import DEFAULT_STRENGTHS, MlpOptions
+from probes.steering_vectors import steering_vector
 from probes.truthful_fits import METHODS, LayerFits, Options, fit_layers
 from probes.truthful_gather import ANSWERS, COLUMNS, INPUT_LAYER, mention_rows, named_tokens
 from probes.truthful_pmc import pmc_tables
@@ -299,9 +300,13 @@ class TruthfulDirection(GatheringProbe):
         linear = [one for one in self.methods if one != "mlp"]
         if not linear:
             return []
-        layer, mentions = self.best_layer(linear[0]), self.mentions()
+        method, mentions = linear[0], self.mentions()
+        layer = self.best_layer(method)
         if layer < 0:
             raise InputError("only the model's input was probed, after which there is no block: choose layers from 0")
+        states, group = self.states(layer), mentions["group"].to_numpy(dtype=str)
+        fit = self.fits(method)
+        strength = float(fit.cv.final_strengths[fit.layers.index(layer)])
         return [
             target
             for what, edit in (
@@ -309,12 +314,12 @@ class TruthfulDirection(GatheringProbe):
                 (f"followed towards truth ({self.causal_scale:g} of the norm)", _step(layer, self.causal_scale)),
             )
             for target in direction_targets(
-                f"the direction of layer {layer} ({linear[0].replace('_', ' ')}) {what}",
-                self.direction(layer, linear[0])[0],
+                f"the direction of layer {layer} ({method.replace('_', ' ')}) {what}",
+                self.direction(layer, method)[0],
                 edit,
-                states=self.states(layer),
+                estimate=lambda label: steering_vector(states, label, group, method, strength),
                 positive=mentions["hallucinated"].to_numpy(dtype=bool),
-                group=mentions["group"].to_numpy(dtype=str),
+                group=group,
                 seed=self.seed,
             )
         ]

@@ -48,6 +48,7 @@ class Case:
         make: a fresh probe whose parameters fit the tiny LLaVA (3 layers, 3 captions, labels of all kinds).
         value: (table, column) of its main number, which bfloat16 may change by its precision only.
         half: by how much, relative to the largest value of the column.
+        atol: by how much anything may differ between batches.
         needs_image: whether rows without an image are refused.
         seeded: the parameter that makes another probe of it.
     """
@@ -55,6 +56,7 @@ class Case:
     make: Callable[[], Probe]
     value: tuple[str, str]
     half: float = 0.1
+    atol: float = 1e-5
     needs_image: bool = True
     seeded: str = "seed"
 
@@ -145,9 +147,11 @@ PROBES: dict[str, Case] = {
     ),
     "Subnetworks": Case(Subnetworks, ("iou", "iou")),
     "TokenLedger": Case(lambda: TokenLedger(n_resamples=50), ("ledger", "t_vhd")),
+    # labels drawn from probabilities flip one at a time when these move: an error of 1 / 6 in one of 2000 draws, a few times
     "TruthfulDirection": Case(
         lambda: TruthfulDirection(n_resamples=50, mlp_epochs=1, mlp_widths=[4, 4], n_controls=1),
         ("mentions", "neg_log_p"),
+        atol=5e-4,
     ),
     "TruthfulDirection at": Case(
         lambda: TruthfulDirection(position="at", layers=[0, 2], dtype="float16", methods=["logistic"], n_resamples=50),
@@ -219,11 +223,11 @@ def test_the_same_input_gives_the_same_tables(make: Callable[[], Probe], llava: 
     assert_equal_tables(one, other, rtol=0, atol=0)
 
 
-def test_batch_size_and_padding_do_not_change_the_answer(make: Callable[[], Probe], llava: VLM, image: Any) -> None:
+def test_batch_size_and_padding_do_not_change_the_answer(case: Case, llava: VLM, image: Any) -> None:
     """Rows alone are not padded; together the shorter ones are. float32 sums in another order: a few 1e-6 of the scale."""
-    together = measured(make(), llava, image, [[0, 1, 2]])
-    alone = measured(make(), llava, image, [[0], [1], [2]])
-    assert_equal_tables(together, alone, rtol=1e-4)
+    together = measured(case.make(), llava, image, [[0, 1, 2]])
+    alone = measured(case.make(), llava, image, [[0], [1], [2]])
+    assert_equal_tables(together, alone, rtol=1e-4, atol=case.atol)
 
 
 def test_bfloat16_gives_the_same_within_its_precision(case: Case, llava: VLM, image: Any) -> None:

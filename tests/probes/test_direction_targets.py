@@ -10,6 +10,7 @@ import torch
 
 from probes.direction_targets import RANDOM, SHUFFLED, direction_targets, random_directions, shuffled_directions
 from probes.rollout_causal import rollout_targets
+from probes.steering_vectors import difference
 from slitlamp.errors import InputError
 from slitlamp.tracing import sites
 from slitlamp.vlm import VLM
@@ -26,10 +27,14 @@ def sample(seed: int = 0) -> tuple[torch.Tensor, Any, Any]:
     return torch.from_numpy(states), positive, group
 
 
+def means_of(states: torch.Tensor) -> Any:
+    return lambda label: difference(states[torch.from_numpy(label)], states[torch.from_numpy(~label)])
+
+
 def test_shuffled_labels_give_directions_where_states_vary_that_say_nothing() -> None:
     states, positive, group = sample()
     truth = states[positive].mean(dim=0) - states[~positive].mean(dim=0)
-    drawn = torch.stack(shuffled_directions(states, positive, group, seed=1, count=200))
+    drawn = torch.stack(shuffled_directions(means_of(states), positive, group, seed=1, count=200))
     assert float(truth[0]) == pytest.approx(2, abs=0.4)
     # a difference of two means of 96 and 144 samples has the spread sd (1/96 + 1/144)^(1/2) = .13 sd
     assert drawn.mean(dim=0).abs().max() < 4 * 0.13 * 10 / 200**0.5
@@ -42,7 +47,7 @@ def test_whole_images_are_shuffled() -> None:
     group = np.repeat(np.arange(6), 5).astype(str)
     positive = np.repeat([True, False, False, False, False, False], 5)
     states = torch.eye(6, dtype=torch.float64).repeat_interleave(5, dim=0)
-    for one in shuffled_directions(states, positive, group, seed=0, count=20):
+    for one in shuffled_directions(means_of(states), positive, group, seed=0, count=20):
         assert sorted(one.tolist()) == pytest.approx([-0.2] * 5 + [1.0])
 
 
@@ -56,7 +61,7 @@ def test_every_kind_of_control_is_a_target_with_the_same_edit() -> None:
 
     direction = torch.ones(6)
     targets = direction_targets(
-        "moved", direction, edit, states=states, positive=positive, group=group, seed=3
+        "moved", direction, edit, estimate=means_of(states), positive=positive, group=group, seed=3
     )  # fmt: skip
     assert [(one.name, one.control_name, len(one.controls)) for one in targets] == [
         ("moved", RANDOM, 19), ("moved", SHUFFLED, 19),

@@ -551,21 +551,26 @@ def test_causal_targets_move_along_the_direction_and_match_their_controls(llava:
     targets = probe.causal_targets(llava.anatomy)
     assert len(targets) == 4
     batch = llava.encode(images=[image(0)], prompts=["<image> what ?"])
-    x = torch.randn(1, 5, llava.anatomy.d_model)
+    x = torch.randn(1, 5, llava.anatomy.d_model, generator=torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch:  # labels that are dealt out as they were give the direction itself
+        patch.setattr("probes.direction_targets.permuted", lambda positive, group, rng: positive.copy())
+        unshuffled = probe.causal_targets(llava.anatomy)[1]
+    same = [edits_of(batch)[0].function(x, None) for edits_of in (unshuffled.target, unshuffled.controls[0])]  # type: ignore[arg-type, union-attr, call-arg]
+    torch.testing.assert_close(same[0], same[1], rtol=1e-3, atol=1e-3)
     for target in targets:
         assert len(target.controls) == N_DRAWS
         edits = [edits_of(batch) for edits_of in (target.target, *target.controls)]
         assert {(one.site, one.layer) for each in edits for one in each} == {("resid_post", 1)}
         steps = [each[0].function(x, None) - x for each in edits]  # type: ignore[arg-type]
-        direction = probe.direction()[0]
-        along = steps[0] @ (direction / direction.norm())
+        direction = torch.nn.functional.normalize(probe.direction()[0], dim=0)
+        along = steps[0] @ direction
         if "followed" in target.name:
             sizes = [step.norm(dim=-1) for step in steps]
             for size in sizes:
                 torch.testing.assert_close(size, 0.2 * x.norm(dim=-1))
             assert bool((along < 0).all())  # the direction points towards hallucination
         else:
-            torch.testing.assert_close((x + steps[0]) @ direction, torch.zeros(1, 5), atol=1e-4, rtol=0)
+            torch.testing.assert_close((x + steps[0]) @ direction, torch.zeros(1, 5), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
