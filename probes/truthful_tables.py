@@ -264,7 +264,7 @@ def _threshold(fitted: dict[str, LayerFits], methods: list[str], target_fpr: flo
     """What a threshold that was set at a false positive rate on other images does on images that it has not seen.
 
     The row "threshold" is the one to use on further data: at the best layer, set on all mentions out of fold, in the units of
-    `TruthfulDirection.score` (of the perceptron, which has no fit on everything: log-odds).
+    `TruthfulDirection.score`. The perceptron, which has no fit on everything, has none.
     """
     parts = []
     for method in methods:
@@ -280,7 +280,7 @@ def _threshold(fitted: dict[str, LayerFits], methods: list[str], target_fpr: flo
             found = operating_point(above, sample.label, sample.group, 0.0, **sample.options)
             found = found[["metric", "value", "low", "high", "chance", "n_flagged"]]
         level, layer = MISSING, np.nan
-        if fit is not None:
+        if fit is not None and method != "mlp":
             layer = float(fit.best_layer)
             level = threshold_at_fpr(
                 fit.own_scores(fit.best_layer), sample.label, sample.group, target_fpr, **sample.options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class Domain:
         group: [mention], the image.
         category: [mention], the object.
         anchors: by name, (key [anchor], group [anchor], states [anchor, kind, d]): states of things that another domain
-            may have too.
+            of the same data set may have too.
     """
 
     layer: int
@@ -231,6 +231,8 @@ def compare_domains(
             if len(differs) > 1:
                 continue
             target = domain_at(b, _counterpart(source.layer, layers[a], layers[b]))
+            if a.dataset != b.dataset:  # their items share no id and no prompt
+                target = replace(target, anchors={})
             place = {
                 **{f"source_{k}": v for k, v in a._asdict().items()},
                 **{f"target_{k}": v for k, v in b._asdict().items()},

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.signal import convolve
 
 from slitlamp.errors import InputError
 from slitlamp.evaluation.detection import checked
@@ -207,7 +208,7 @@ def expected_calibration_error(
 def calibrated_error(
     probability: ArrayLike, *, n_bins: int = 15, level: float = 0.95, n_draws: int = 2000, seed: int = 0
 ) -> Interval:
-    """The ECE that these probabilities would have if they were right: mean and range over labels drawn from them."""
+    """The ECE that these probabilities would have if they were right: its mean, exactly, and its range over labels drawn."""
     values = np.asarray(probability, dtype=np.float64)
     place = _bins(values, n_bins)
     rng = np.random.default_rng(seed)
@@ -217,9 +218,18 @@ def calibrated_error(
     for start in range(0, n_draws, step):
         drawn = rng.random((min(step, n_draws - start), len(values))) < values
         errors.append(np.abs((drawn - values) @ indicator).sum(axis=1) / len(values))
-    all_errors = np.concatenate(errors)
-    low, high = np.quantile(all_errors, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(all_errors.mean()), float(low), float(high), len(values), level, "draws of calibrated labels")
+    low, high = np.quantile(np.concatenate(errors), [(1 - level) / 2, (1 + level) / 2])
+    mean = sum(_mean_deviation(values[place == one]) for one in np.unique(place)) / len(values)
+    return Interval(float(mean), float(low), float(high), len(values), level, "draws of calibrated labels")
+
+
+def _mean_deviation(probability: FloatArray) -> float:
+    """E |sum of labels - sum of probabilities| of independent labels, from the distribution of their sum."""
+    parts = [np.array([1 - one, one]) for one in probability]
+    while len(parts) > 1:
+        pairs = [convolve(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = pairs + parts[2 * len(pairs) :]
+    return float(np.abs(np.arange(len(parts[0])) - probability.sum()) @ parts[0])
 
 
 def calibration_curve(

@@ -159,7 +159,7 @@ def labelled_batches(
         chosen = items[start : start + batch_size]
         tokens = [ids[place[item.id]] for item in chosen]
         decoded = [token_spans(vlm.tokenizer, row) for row in tokens]
-        batch = encoded(vlm, chosen).with_continuation(tokens)
+        batch = encoded(vlm, data, chosen).with_continuation(tokens)
         yield batch, labels_of([text for text, _ in decoded], [spans for _, spans in decoded], data, chosen)
 
 
@@ -172,10 +172,16 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def encoded(vlm: VLM, items: Sequence[Item]) -> Any:
-    """The batch of some items, grouped by image."""
+def encoded(vlm: VLM, data: Dataset, items: Sequence[Item]) -> Batch:
+    """The batch of some items, grouped by image: by its key in the ground truth, which questions and captions share."""
     return vlm.encode(
         images=[item.image for item in items],
         prompts=[item.prompt for item in items],
         ids=[item.id for item in items],
-    ).grouped([str(item.image_id) for item in items])
+    ).grouped([_image(data, item) for item in items])
+
+
+def _image(data: Dataset, item: Item) -> str:
+    truth = data.truth
+    known = truth is not None and (item.image_id in truth.objects or item.image_id in truth.file_names)
+    return str(truth.resolve(item.image_id) if truth is not None and known else item.image_id)

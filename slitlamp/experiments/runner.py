@@ -208,7 +208,7 @@ class Runner:
         vlm, plan = self.vlm, self.plan
         seconds: dict[str, float] = {}
         with _clock(seconds, "encode"):
-            batch = encoded(vlm, items)
+            batch = encoded(vlm, data, items)
         options: dict[str, Any] = dict(plan.generation)
         if options.get("do_sample"):
             options["seed"] = unit_seed(plan.experiment.seed, unit)

@@ -239,6 +239,20 @@ def test_calibration_error_by_hand_and_curve_by_scikit_learn() -> None:
     assert curve["n"].sum() == 500
 
 
+def test_the_error_of_calibrated_probabilities_by_hand() -> None:
+    """Bin of .2 and .4: sums 0, 1, 2 have .48, .44, .08 and lie .6, .4, 1.4 from .6. Bin of .9: .9 or .1 off. 3 items."""
+    found = calibrated_error([0.2, 0.4, 0.9], n_bins=2, n_draws=4000)
+    assert found.value == pytest.approx((0.48 * 0.6 + 0.44 * 0.4 + 0.08 * 1.4 + 2 * 0.9 * 0.1) / 3)
+    many = np.random.default_rng(0).random(1001)
+    drawn = [
+        expected_calibration_error(
+            many, np.random.default_rng(seed).random(1001) < many, range(1001), n_resamples=1
+        ).value
+        for seed in range(200)
+    ]
+    assert calibrated_error(many, n_draws=10).value == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / 200**0.5)
+
+
 def test_calibrated_probabilities_have_the_error_that_chance_gives_them() -> None:
     rng = np.random.default_rng(1)
     probability = rng.random(400)

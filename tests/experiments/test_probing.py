@@ -15,8 +15,9 @@ from transformers import LlavaForConditionalGeneration
 from probes import HeadDivergence
 from slitlamp.decoding.edits import scale_heads
 from slitlamp.errors import InputError, RunFolderError, UnknownNameError
-from slitlamp.experiments import Dataset, Experiment, Run, labelled_batches
+from slitlamp.experiments import Dataset, Experiment, Run, labelled_batches, pope_dataset
 from slitlamp.experiments.config import ModelConfig
+from slitlamp.experiments.probing import encoded
 from slitlamp.experiments.summary import summary
 from slitlamp.models import Anatomy
 from slitlamp.tracing import CausalTarget, Probe, ProbeResult
@@ -97,6 +98,16 @@ def test_texts_of_a_saved_run_and_own_texts_are_taken_in_as_the_run_took_them(
     assert batch.n_generated == (len(table),)
     with pytest.raises(InputError, match="no token for"):
         next(labelled_batches(vlm, captions, own.assign(text="a picture with a hedgehog .")))
+
+
+def test_captions_and_questions_about_an_image_are_of_one_group(vlm: Any, captions: Dataset, data_folder: Path) -> None:
+    """Captions know an image by its id, questions by its file: what is held out of one must be held out of the other."""
+    truth = {"instances": data_folder / "instances.json", "synonyms": data_folder / "synonyms.txt"}
+    questions = pope_dataset(data_folder / "pope.jsonl", data_folder / "images", name="q", **truth)
+    groups = [encoded(vlm, data, data.items).groups for data in (captions, questions)]
+    assert list(dict.fromkeys(groups[1])) == list(groups[0])
+    bare = pope_dataset(data_folder / "pope.jsonl", data_folder / "images", name="q")
+    assert encoded(vlm, bare, bare.items).groups[0] == bare.items[0].image.name
 
 
 def test_texts_that_cannot_be_placed_are_refused(run: Run, vlm: Any, captions: Dataset) -> None:

@@ -462,13 +462,19 @@ def test_images_that_both_data_sets_hold_do_not_leak() -> None:
         "n_folds": 4,
         "strengths": [1.0],
         "methods": ["logistic"],
-        "alignments": ["none", "standardised"],
+        "alignments": ["none", "standardised", "procrustes"],
     }
+    options |= {"anchors": rng.normal(size=(80, 2, 1, 100))}
     parts = {Part("m", "baseline", name): filled({0: x}, label, group, **options) for name in ("one", "two")}
     result = TruthfulDirection.compare(parts)
     assert result is not None
     moved = result.tables["transfer"].query("varies == 'dataset'")
-    assert len(moved) == 4
+    assert set(moved["alignment"]) == {
+        "none",
+        "standardised",
+        "procrustes (mentions)",
+    }  # items of two data sets are no pairs
+    assert len(moved) == 6
     assert ((moved["low"] < 0.5) & (moved["auroc"] < 0.65)).all()
 
 
