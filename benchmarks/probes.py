@@ -1,6 +1,6 @@
 """What grouped cross-validation of linear probes costs: slitlamp's batch of fits against a loop over scikit-learn's.
 
-    python benchmarks/probes.py              8 layers x 1,024 features x 10,000 samples; writes results/probes.{csv,md}
+    python benchmarks/probes.py              one core, 8 layers x 1,024 features x 10,000 samples; writes results/probes.{csv,md}
     python benchmarks/probes.py --quick      2 layers x 64 x 1,500; writes nothing
 
 Both standardise by the training fold, fit L2-regularised logistic regression of every fold at every penalty, and score the
@@ -294,8 +294,8 @@ def rows(outcomes: Sequence[Outcome], size: Size) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="2 layers x 64 x 1,500; writes nothing")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads, one run each")
-    parser.add_argument("--passes", type=int, default=1, help="how often over all layers")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="numbers of threads, one run each")
+    parser.add_argument("--passes", type=int, default=2, help="how often over all layers")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     size = Size(layers=2, features=64, samples=1500) if options.quick else Size()
