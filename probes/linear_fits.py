@@ -188,6 +188,7 @@ def cross_validated(
         fits.append(
             fit_layer(x, targets, folds, method, checked, standardise, seed, mlp or MlpOptions(), tol, max_iter)
         )
+        del states, x  # else this layer would stay in memory while the next one is made
     if not fits:
         raise InputError("cross_validated needs at least one layer")
     areas = torch.tensor(np.stack([auroc(one["scores"].numpy(), targets.numpy()) for one in fits]))
