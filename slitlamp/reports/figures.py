@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from slitlamp.errors import InputError, unknown
@@ -134,18 +136,20 @@ def figure_names(run_folder: str | Path) -> list[str]:
 
 def to_svg(drawn: Figure) -> bytes:
     """The figure as SVG whose bytes depend on nothing but the figure: no date, fixed identifiers, letters as outlines."""
-    return _saved(drawn, "svg", {"Date": None, "Creator": None})
+    return _printed(FigureCanvasSVG(drawn).print_svg, {"Date": None, "Creator": None})
 
 
 def to_png(drawn: Figure, dpi: int = PNG_DPI) -> bytes:
     """The figure as PNG without a software tag."""
-    return _saved(drawn, "png", {"Software": None}, dpi)
+    drawn.dpi = dpi
+    return _printed(FigureCanvasAgg(drawn).print_png, {"Software": None})
 
 
-def _saved(drawn: Figure, kind: str, metadata: dict[str, str | None], dpi: int = PNG_DPI) -> bytes:
+def _printed(print_to: Callable[..., None], metadata: dict[str, str | None]) -> bytes:
+    """What a canvas prints. `savefig` would draw everything twice: once for a bounding box that nothing here asks for."""
     buffer = io.BytesIO()
     with style(), warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes; the report has it as text.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        drawn.savefig(buffer, format=kind, metadata=metadata, dpi=dpi)
+        print_to(buffer, metadata=metadata)
     return buffer.getvalue()
