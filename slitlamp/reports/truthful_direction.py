@@ -171,11 +171,11 @@ def _matrices(varies: str) -> Any:
         names = list(dict.fromkeys([*rows["source"], *rows["target"]]))
         short = short_names([one.rsplit("/", 1)[-1] for one in names], 16)
         labels = [short[one.rsplit("/", 1)[-1]] for one in names]
-        columns = 1 if is_narrow(width) else min(3, len(kinds))
+        columns = 1 if is_narrow(width) else min(3 if len(names) < 3 else 2, len(kinds))
         n_rows = -(-len(kinds) // columns)
-        figure = new_figure(width, n_rows * (0.42 * len(names) + 1.45))
+        figure = new_figure(width, n_rows * (0.42 * len(names) + 0.75) + 0.8)
         axes = figure.subplots(n_rows, columns, squeeze=False).ravel()
-        for ax, (name, one) in zip(axes, kinds.items(), strict=False):
+        for place, (ax, (name, one)) in enumerate(zip(axes, kinds.items(), strict=False)):
             both = pd.concat([one, itself])
             both = both.assign(
                 source=both["source"].map(dict(zip(names, labels, strict=True))),
@@ -184,6 +184,10 @@ def _matrices(varies: str) -> Any:
             panels.matrix_panel(both, labels, labels, ax, bar=False)
             ax.set_title(name.replace(" (", "\n("))
             ax.tick_params(axis="x", rotation=30)
+            if place % columns:  # names stand at the left and below the last panel of a column
+                ax.set(ylabel="", yticklabels=[])
+            if place + columns < len(kinds):
+                ax.set(xlabel="", xticklabels=[])
         for ax in axes[len(kinds) :]:
             ax.set_visible(False)
         return figure
