@@ -106,7 +106,8 @@ class Problem:
                 values = singular.square() / n
             # Never far below the smallest of the leading ones: the two parts are added in the precision of the larger.
             rest = float((x.square().sum() / n - values.sum()).clamp_min(0)) / max(d - len(values), 1)
-            self._spectrum = (vectors, values, max(rest, float(values.min())))
+            smallest = float(values.min()) if len(values) else 0.0  # none where all features are constant
+            self._spectrum = (vectors, values, max(rest, smallest))
         return self._spectrum
 
     def to_raw(self, weights: Tensor, bias: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:

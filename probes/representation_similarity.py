@@ -63,7 +63,9 @@ class RepresentationSimilarity(GatheringProbe):
     _gathered: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "representation_similarity"
-    no_target: ClassVar[str] = "how alike two layers arrange a set of items is a property of the set, not a place in the model."
+    no_target: ClassVar[str] = (
+        "how alike two layers arrange a set of items is a property of the set, not a place in the model."
+    )
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         """One state per item."""

@@ -31,10 +31,14 @@ from slitlamp.tracing import Part
 
 FloatArray = NDArray[np.float64]
 ALIGNMENTS = ("none", "standardised", "subspace", "coral", "procrustes")
+SOURCE_ALONE = ("none", "standardised")
+"""Alignments whose map of the source does not depend on the target."""
 INNER_FOLDS = 3
 """Folds in which the penalty of a carried probe is chosen; there are many such fits, and the choice is a coarse one."""
 MIN_PAIRS = 10
 """Fewest pairs of anchors that an alignment is made of."""
+Classifier = tuple[FloatArray, float, float]
+"""Weights, intercept and threshold."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ def transferred(
     held_out: Sequence[NDArray[Any]],
     options: Options,
     strength: float | None = None,
+    known: dict[int, Classifier] | None = None,
 ) -> Carried:
     """Judge the target by classifiers that saw source labels only, and no label or state of the mention's image.
 
@@ -148,17 +153,22 @@ def transferred(
         options: of the fits.
         strength: a penalty that is known. None for one chosen inside the source's training set, and only then is there a
             threshold: otherwise `above` is NaN.
+        known: classifiers by fold, taken from here where they are and put here where they are not: for several targets
+            of a source whose own map is the same for all of them.
     """
+    fitted = {} if known is None else known
     scores, above = np.full(len(target.states), np.nan), np.full(len(target.states), np.nan)
-    for images in held_out:
+    for fold, images in enumerate(held_out):
         train, test = ~np.isin(source.group, images), np.isin(target.group, images)
         unlabelled = ~test if (~test).sum() > 1 else test
         if not test.any():
             continue
         maps = aligner(source.states[train], target.states[unlabelled], images)
-        weights, bias, threshold = _classifier(
-            maps.source(source.states[train]), source.hallucinated[train], source.group[train], options, strength
-        )
+        if fold not in fitted:
+            fitted[fold] = _classifier(
+                maps.source(source.states[train]), source.hallucinated[train], source.group[train], options, strength
+            )
+        weights, bias, threshold = fitted[fold]
         scores[test] = maps.target(target.states[test]) @ weights + bias
         above[test] = scores[test] - threshold
     return Carried(scores, above)
@@ -166,7 +176,7 @@ def transferred(
 
 def _classifier(
     x: FloatArray, label: NDArray[np.bool_], group: NDArray[Any], options: Options, strength: float | None
-) -> tuple[FloatArray, float, float]:
+) -> Classifier:
     """Weights and intercept of a logistic regression, and its threshold for `target_fpr`.
 
     Both the penalty and the threshold come from a cross-validation inside these samples.
@@ -377,11 +387,14 @@ def layer_transfer(
     strengths = {layer: float(fits.cv.final_strengths[place]) for place, layer in enumerate(fits.layers)}
     bare = [one for one in names if one != "procrustes"]
 
-    def carried(a: int, b: int, aligner: Aligner) -> Interval:
-        found = transferred(domains[a], domains[b], aligner, folds, options, strengths[a])
+    fitted: dict[tuple[int, str], dict[int, Classifier]] = {}
+
+    def carried(a: int, b: int, aligner: Aligner, name: str) -> Interval:
+        known = fitted.setdefault((a, name), {}) if name in SOURCE_ALONE else None
+        found = transferred(domains[a], domains[b], aligner, folds, options, strengths[a], known)
         return auroc_interval(found.scores, label, group, n_resamples=n_resamples, seed=options.seed)
 
-    at_home = {layer: carried(layer, layer, _unpaired(no_alignment)) for layer in domains}
+    at_home = {layer: carried(layer, layer, _unpaired(no_alignment), "none") for layer in domains}
     rows = []
     for a, source in domains.items():
         for b, target in domains.items():
@@ -393,7 +406,7 @@ def layer_transfer(
                     keys = list(range(len(group)))
                     pairs = [(keys, group, one.states[:, None]) for one in (source, target)]
                     ways["procrustes", float("nan")] = _paired(*pairs)
-                found = {way: carried(a, b, aligner) for way, aligner in ways.items()}
+                found = {way: carried(a, b, aligner, way[0]) for way, aligner in ways.items()}
             bound = at_home[b]
             for (name, k), one in found.items():
                 rows.append(

@@ -82,6 +82,9 @@ def run(
     changes: Overrides = None,
     output: Output = None,
     overwrite: Overwrite = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="How many to run at a time: each takes its share of the cores.")
+    ] = 1,
 ) -> None:
     """Run experiments, one after the other; one that was killed goes on where it stopped.
 
@@ -90,9 +93,12 @@ def run(
     """
     from slitlamp.experiments import find_config, read_config
     from slitlamp.experiments.places import data_folders
+    from slitlamp.experiments.processes import n_processes
 
     if output is not None and len(experiments) > 1:
         raise InputError("--output takes one experiment; several have their outputs in their files")
+    if jobs > 1 and n_processes() > 1:
+        raise InputError("--jobs starts processes of its own: leave it out under accelerate launch or torchrun")
     paths = [find_config(one, data_folders("experiments")) for one in experiments]
     configs = [read_config(path, changes or []) for path in paths]
     prepared = [_prepared(config, path, output, overwrite) for config, path in zip(configs, paths, strict=True)]
@@ -103,15 +109,33 @@ def run(
             ready.append((path.stem, experiment))
         except MissingModelError as error:
             left_out.append(f"{path.stem} is left out: {error}")
-    missing = "\n".join(left_out)
-    if missing and ready:
-        err.print(Text(missing), soft_wrap=True)
-    for name, experiment in ready:
-        if len(paths) > 1:
+    if left_out and ready:
+        err.print(Text("\n".join(left_out)), soft_wrap=True)
+    if jobs > 1 and len(ready) > 1:
+        left_out += _run_together(ready, jobs)
+    else:
+        for name, experiment in ready:
+            if len(paths) > 1:
+                out.print(Text(name, style="bold"))
+            _run(experiment)
+    if left_out:
+        raise InputError("\n".join(left_out))
+
+
+def _run_together(named: Sequence[tuple[str, Experiment]], jobs: int) -> list[str]:
+    """Run several at a time; what is to be said of those that ended in an error."""
+    from slitlamp.experiments.jobs import run_jobs
+
+    failed = []
+    with _stoppable("the run folders"), out.status(f"{len(named)} experiments, {jobs} at a time"):
+        for finished in run_jobs([experiment for _, experiment in named], jobs):
+            name = named[finished.place][0]
             out.print(Text(name, style="bold"))
-        _run(experiment)
-    if missing:
-        raise InputError(missing)
+            if finished.report is None:
+                failed.append(f"{name}: {finished.error}")
+            else:
+                _say(finished.lines, finished.report)
+    return failed
 
 
 def _prepared(config: Config, path: Path, output: Path | None, overwrite: bool) -> Experiment:
@@ -129,13 +153,19 @@ def _run(experiment: Experiment) -> None:
     from slitlamp.experiments.processes import is_main_process
 
     _silence_libraries()
-    try:
+    with _stoppable(str(experiment.output)):
         finished = experiment.run()
-    except KeyboardInterrupt:
-        err.print(f"stopped; the same command goes on from here ({experiment.output})")
-        raise SystemExit(130) from None
     if is_main_process():
         _report(finished)
+
+
+@contextlib.contextmanager
+def _stoppable(place: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(f"stopped; the same command goes on from here ({place})")
+        raise SystemExit(130) from None
 
 
 @app.command()
@@ -166,7 +196,11 @@ def _report(run: Run) -> None:
 
     with out.status("figures and report"):
         path = run.report()
-    for line in summary(run):
+    _say(summary(run), path)
+
+
+def _say(lines: Sequence[str], path: Path) -> None:
+    for line in lines:
         out.print(Text(f"- {line}"), soft_wrap=True)
     out.print(Text.assemble("report: ", (str(path), "bold")), soft_wrap=True)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from pandas.testing import assert_frame_equal
 from rich.console import Console
 
 import slitlamp
@@ -210,6 +211,27 @@ def test_an_experiment_whose_model_is_not_there_does_not_keep_the_others_from_ru
     assert f"error: {said}" in " ".join(shown.err.split())
     assert load_run("present").environment["finished"]
     assert not Path("absent").exists()
+
+
+def test_jobs_run_experiments_at_a_time_and_leave_the_same_tables(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the three ends in an error that only the model can tell of; the others run, as they would by themselves."""
+    bad = small("bad", probes=[{"LogitLens": {"layers": [99]}}])
+    names = ["one", "two"]
+    assert command("run", bad, *(small(name, take=2) for name in names), "--jobs", "2") == 2
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    assert "bad: " in shown.err
+    assert "99" in shown.err
+    assert [f"report: {name}/report.html" in shown.out for name in ("bad", *names)] == [False, True, True]
+    assert command("run", small("alone", take=2)) == 0
+    alone = load_run("alone").table("conditions")
+    for name in names:
+        assert_frame_equal(load_run(name).table("conditions"), alone)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "leave it out under accelerate launch" in failure(capsys, "run", bad, *names, "--jobs", "2")
 
 
 def test_a_mistake_in_a_later_experiment_is_found_before_the_first_one_runs(capsys: pytest.CaptureFixture[str]) -> None:

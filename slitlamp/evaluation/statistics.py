@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -26,6 +27,8 @@ CorrelationMethod = Literal["spearman", "pearson"]
 
 _CHUNK_VALUES = 8_000_000
 """Most resampling counts held at a time (64 MB)."""
+_KEPT_VALUES = 2_000_000
+"""Most resampling counts of a set that is kept for the next statistic (16 MB)."""
 
 
 @dataclass(frozen=True)
@@ -270,11 +273,24 @@ def _evaluate(statistic: Statistic, sums: FloatArray) -> FloatArray:
 def _resampled(counts: FloatArray, n_resamples: int, seed: int) -> Iterator[FloatArray]:
     """Sums over resampled clusters, `[resample, k]`, in chunks."""
     n = len(counts)
+    if n * n_resamples <= _KEPT_VALUES:
+        yield _kept_weights(n, n_resamples, seed) @ counts
+    else:
+        yield from (weights @ counts for weights in _weights(n, n_resamples, seed))
+
+
+def _weights(n: int, n_resamples: int, seed: int) -> Iterator[FloatArray]:
+    """How often each of n clusters is drawn, `[resample, cluster]`, in chunks."""
     rng = np.random.default_rng(seed)
     step = max(1, _CHUNK_VALUES // n)
     for start in range(0, n_resamples, step):
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=min(step, n_resamples - start))
-        yield weights.astype(np.float64) @ counts
+        yield rng.multinomial(n, np.full(n, 1 / n), size=min(step, n_resamples - start)).astype(np.float64)
+
+
+@lru_cache(maxsize=4)
+def _kept_weights(n: int, n_resamples: int, seed: int) -> FloatArray:
+    """A single chunk, kept: a table has many statistics of the same clusters, and drawing takes longer than summing."""
+    return next(_weights(n, n_resamples, seed))
 
 
 def _intervals(
