@@ -74,7 +74,6 @@ def _section(data: RunData, name: str, one: RunFigure) -> Section | None:
     if drawn is None:
         return None
     svg = to_svg(drawn)
-    drawn.set_layout_engine("none")  # the places that the first print has found
     write_bytes(data.folder / "figures" / f"{name}.svg", svg)
     write_bytes(data.folder / "figures" / f"{name}.png", to_png(drawn))
     terms = [DEFINITIONS[term].replace("{level}", data.level) for term in _TERMS.get(name, ()) if _applies(data, term)]
