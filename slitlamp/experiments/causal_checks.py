@@ -76,7 +76,9 @@ def causal_tables(
             try:
                 targets = give_source(probe, vlm).causal_targets(vlm.anatomy)
             except InputError as error:
-                unchecked[key] = f"nothing can be pointed at on {len(where.chunks)} batches of items: {error}"
+                unchecked[key] = (
+                    f"nothing can be pointed at on the {_count(where.chunks)} of items it is chosen on: {error}"
+                )
                 continue
             if not targets:
                 unchecked[key] = "on these items and this model the probe points at nothing."
@@ -93,6 +95,10 @@ def _table(plan: Plan, vlm: VLM, targets: list[CausalTarget], batches: Any, part
     one = plan.experiment
     table = causal_check(vlm, targets, batches, n_resamples=one.n_resamples, level=one.level, seed=one.seed)
     return in_front(table.assign(chosen_on=chosen_on), part)
+
+
+def _count(chunks: Sequence[int]) -> str:
+    return "one batch" if len(chunks) == 1 else f"{len(chunks)} batches"
 
 
 def _on_chunks(plan: Plan, folder: RunFolder, key: str, part: Part, chunks: Sequence[int]) -> Probe:
