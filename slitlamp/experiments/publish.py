@@ -60,7 +60,8 @@ def publish(run: Run, folder: str | Path) -> Path:
 def _page(run: Run, name: str, figures: list[str]) -> str:
     """What a run found, and its figures."""
     environment = run.environment
-    made = f"`slitlamp run {name}`, {_seconds(environment)} s on {environment['device']}, seed {environment['seed']}."
+    one = next(iter(environment["models"].values())) if "models" in environment else environment
+    made = f"`slitlamp run {name}`, {_seconds(environment)} s on {one['device']}, seed {one['seed']}."
     lines = [f"# {run.config.get('title') or name}", "", made, "", *(f"- {_plain(line)}" for line in summary(run))]
     return "\n".join(lines + [part for one in figures for part in ("", f"![{one.removesuffix('.png')}]({one})")]) + "\n"
 

@@ -18,6 +18,7 @@ from slitlamp.errors import InputError, RunFolderError, UnknownNameError
 from slitlamp.experiments import Dataset, Experiment, Run, labelled_batches, pope_dataset
 from slitlamp.experiments.config import ModelConfig
 from slitlamp.experiments.probing import encoded
+from slitlamp.experiments.publish import publish
 from slitlamp.experiments.summary import summary
 from slitlamp.models import Anatomy
 from slitlamp.tracing import CausalTarget, Probe, ProbeResult
@@ -195,6 +196,8 @@ def test_several_models_are_run_and_put_together(
     make().run()  # a finished run is not done again
     assert (tmp_path / "run" / "tables" / "scores.parquet").read_bytes() == before
     assert any("head_divergence:" in line for line in summary(run))
+    run.report()
+    assert " s on cpu, seed 0." in (publish(run, tmp_path / "results") / "README.md").read_text()
     with pytest.raises(RunFolderError, match="models"):
         experiment(models[::-1], [captions], tmp_path / "run", HeadDivergence(n_resamples=50)).run()
 
@@ -224,8 +227,6 @@ def test_lists_of_models_that_cannot_run_are_refused_before_anything_is_loaded(
 
 
 def test_a_small_copy_of_a_run_is_published(vlm: Any, captions: Dataset, tmp_path: Path) -> None:
-    from slitlamp.experiments.publish import publish
-
     run = experiment(vlm, [captions], tmp_path / "mine", HeadDivergence(n_resamples=50)).run()
     with pytest.raises(RunFolderError, match="slitlamp report"):
         publish(run, tmp_path / "results")
