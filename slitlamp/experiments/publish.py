@@ -17,7 +17,7 @@ from slitlamp.experiments.folder import CONFIG, ENVIRONMENT, FIGURES, TABLES
 from slitlamp.experiments.run import Run
 from slitlamp.experiments.summary import summary
 
-MAX_ROWS = 1000
+MAX_ROWS = 500
 """Longest table that is kept; longer ones hold items or tokens and are made again by the run."""
 README = "README.md"
 _COLOURS = 128
@@ -26,7 +26,7 @@ _COLOURS = 128
 def publish(run: Run, folder: str | Path) -> Path:
     """Copy what a reader needs of a finished run into `folder/<name of the run>`, in place of an earlier copy.
 
-    Figures are kept as PNG of 128 colours, tables of up to 1,000 rows as CSV; README.md says what was found and shows the
+    Figures are kept as PNG of 128 colours, tables of up to 500 rows as CSV; README.md says what was found and shows the
     figures. The README.md of `folder` lists all copies in it, in place of an earlier list.
 
     Raises:
