@@ -220,7 +220,7 @@ def test_lists_of_models_that_cannot_run_are_refused_before_anything_is_loaded(
     with pytest.raises(InputError, match="empty"):
         experiment([], [captions], tmp_path / "a", HeadDivergence()).run()
     with pytest.raises(InputError, match="train-organism"):
-        experiment(["organism", "runs/organism/none/step-1"], [captions], tmp_path / "b", HeadDivergence()).run()
+        experiment(["organism", "runs/organism/checkpoints/step-1"], [captions], tmp_path / "b", HeadDivergence()).run()
     with pytest.raises(InputError, match="showcase"):
         experiment(["organism", "organism/seed1"], [captions], tmp_path / "c", HeadDivergence(), showcase=True).run()
     assert not any(tmp_path.iterdir())
