@@ -100,6 +100,8 @@ class OutlierContrast(ContrastDecoding):
 
     def views(self, run: RunContext) -> Sequence[ContrastView]:
         """The batch with the chosen image tokens alone."""
+        if not run.batch.has_images:
+            raise InputError(f"{self.name} needs an image in every row, whose tokens it chooses among")
         released = self.variant == "as_released"
         last = run.anatomy.n_vision_layers - 1
         layer = last - 1 if released else feature_block(run.source.model.config, last + 1)

@@ -15,7 +15,7 @@ import torch
 
 from slitlamp.decoding.generation import Generation, Plan, plan_generation
 from slitlamp.decoding.intervention import Intervention, RunContext, in_order
-from slitlamp.decoding.two_branch import contrast_of, contrasted, fuse, steps_of
+from slitlamp.decoding.two_branch import ContrastDecoding, contrast_of, contrasted, fuse, steps_of
 from slitlamp.errors import InputError, UnsupportedError, unknown
 from slitlamp.models import Anatomy, Batch, family_of, read_anatomy
 from slitlamp.models.encode import encode
@@ -382,7 +382,6 @@ class VLM:
             for (owner, name), value in zip(before, values, strict=True):
                 setattr(owner, name, value)
 
-    @torch.no_grad()
     def forward(self, batch: Batch, *, logits_to_keep: int = 0, edits: Sequence[AnyEdit] = ()) -> Any:
         """One forward pass, under the traces and interventions in force.
 
@@ -395,6 +394,12 @@ class VLM:
             The Hugging Face model's output. Under a contrast, its logits are fused where they are those of a step of decoding
             (see `slitlamp.decoding.two_branch.ContrastDecoding`); all else in it, and what traces record, is of the clean branch.
         """
+        return self._forward(batch, logits_to_keep, edits, contrast_of(self._interventions))
+
+    @torch.no_grad()
+    def _forward(
+        self, batch: Batch, logits_to_keep: int, edits: Sequence[AnyEdit], contrast: ContrastDecoding | None
+    ) -> Any:
         nnsight = self._nnsight()
         if nnsight is not None:
             if edits:
@@ -404,10 +409,9 @@ class VLM:
                 return nnsight.run(
                     self.model, self.processor, self.anatomy, batch, self._open_traces(), "forward", arguments
                 )
-        contrast = contrast_of(self._interventions)
         with self._lock, self._putting_back():
-            edits = [*self._edits(batch), *edits]
-            with session(self.model, self.anatomy, batch, traces=self._open_traces(), edits=edits):
+            every = [*self._edits(batch), *edits]
+            with session(self.model, self.anatomy, batch, traces=self._open_traces(), edits=every):
                 output = self._call(batch, logits_to_keep=logits_to_keep)
             if contrast is not None:
                 others = []
@@ -487,11 +491,12 @@ class VLM:
     def measure(self, probe: Probe, batch: Batch, labels: Labels | None = None) -> None:
         """Run a batch, and the other versions of it that a probe asks for, and give the recordings to the probe.
 
-        Interventions in force act on the batch itself; its other versions (without the image, say) run unmodified.
+        Interventions in force act on the batch itself; its other versions (without the image, say) run unmodified. A contrast
+        changes nothing that is recorded, and does not run.
         """
         sites = probe.sites(self.anatomy)
         with self.trace(*sites) as trace:
-            self.forward(batch, logits_to_keep=_logits_needed(sites))
+            self._forward(batch, _logits_needed(sites), (), None)
         trace.labels = labels
         for name, view in probe.views(self.anatomy).items():
             other, edits = view.change(batch, trace)
