@@ -184,6 +184,32 @@ def test_every_branch_has_a_cache_and_positions_of_its_own(organism: VLM, batch:
         assert wanted in found
 
 
+ROPE = ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids")
+"""What Qwen-VL counts positions by."""
+
+
+def test_what_a_model_keeps_in_itself_is_that_of_the_branch_that_runs(image: Any) -> None:
+    """Qwen-VL writes into itself how far positions are behind tokens; without the image they are not."""
+    vlm = BUILDERS["qwen2_vl"]()
+    batch = vlm.encode([[image(0, 40, 24)]], ["<|image_pad|> is this red ?"])
+    model: Any = vlm.model
+    kept: dict[int, list[int]] = {}
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs["past_key_values"].get_seq_length():
+            kept.setdefault(id(kwargs["past_key_values"]), []).append(int(model.model.rope_deltas))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with vlm.apply(Against()):
+            vlm.generate(batch, max_new_tokens=4, eos_token_id=[])
+    finally:
+        handle.remove()
+    behind = int(model.model.get_rope_index(**{name: batch.inputs()[name] for name in ROPE})[1])
+    assert behind < 0
+    assert sorted(kept.values()) == [[behind] * 3, [0] * 3]
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"do_sample": True, "seed": 3, "temperature": 1.3}], ids=["greedy", "sampling"]
 )
