@@ -56,7 +56,8 @@ class ImageContrast(ContrastDecoding):
         if not self.alpha >= 0:
             raise InputError(f"{self.name}: alpha must be 0 or more, found {self.alpha!r}")
         check_diffusion_step(self.diffusion_step)
-        check_view(self.name, self.view)
+        if self.view not in DISTORTED:
+            raise unknown(f"{self.name} view", str(self.view), DISTORTED)
 
     def views(self, run: RunContext) -> Sequence[ContrastView]:
         """The batch with a distorted image, or none."""
@@ -77,13 +78,3 @@ class ImageContrast(ContrastDecoding):
         """What this does, in a few plain words."""
         step = f" (step {self.diffusion_step})" if self.view == "diffusion" else ""
         return f"contrast with {WORDS[self.view]}{step}, alpha {self.alpha:g}, beta {self.beta:g}"
-
-
-def check_view(name: str, view: str) -> None:
-    """Refuse a way of distorting the image that is not known.
-
-    Raises:
-        UnknownNameError: not one of `DISTORTED`.
-    """
-    if view not in DISTORTED:
-        raise unknown(f"{name} view", view, DISTORTED)

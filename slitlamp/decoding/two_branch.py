@@ -285,6 +285,7 @@ def contrasted(
             mode = generation_config.get_generation_mode()
             if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
                 raise UnsupportedError(f"{mode.value} beside {contrast.name}: contrasts decode greedily or by sampling")
+            # given to `generate` as a processor, the fusion would run after transformers' own, and not see raw logits
             fusing = _Fusing(contrast, branches, clean, logits_processor)
             return model._sample(
                 input_ids,

@@ -30,7 +30,7 @@ from slitlamp.decoding.edits import knock_out, scale_heads
 from slitlamp.decoding.two_branch import ContrastView, plausible
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models import Batch
-from slitlamp.tracing import Edit, sites
+from slitlamp.tracing import Edit, GatheringProbe, sites
 from slitlamp.vlm import VLM
 
 
@@ -390,6 +390,34 @@ def test_forward_fuses_the_steps_of_decoding_alone(organism: VLM, batch: Batch) 
             wanted = plain[row, at] + (0.5 + step) * (plain[row, at] - without[row, at])
             torch.testing.assert_close(fused[row, at], wanted, rtol=0, atol=ROUNDING)
     torch.testing.assert_close(last, fused[:, -2:], rtol=0, atol=ROUNDING)
+
+
+class LastLogits(GatheringProbe):
+    """Keeps the logits of the last batch."""
+
+    name: ClassVar[str] = "last_logits"
+
+    def sites(self, anatomy: Any) -> list[Any]:
+        return [sites.logits(positions="last")]
+
+    def update(self, batch: Batch, trace: Any, labels: Any = None) -> None:
+        self.seen = trace["logits"][0]
+
+    def result(self) -> Any:
+        return self.seen
+
+
+def test_a_probe_measures_the_clean_branch_and_no_contrast_runs(organism: VLM, batch: Batch) -> None:
+    calls: list[int] = []
+    handle = organism.model.register_forward_pre_hook(lambda module, args: calls.append(1))
+    try:
+        with organism.apply(Against()):
+            probe = LastLogits()
+            organism.measure(probe, batch)
+    finally:
+        handle.remove()
+    assert len(calls) == 1
+    assert torch.equal(probe.result()[:, 0], organism.forward(batch, logits_to_keep=1).logits[:, 0])
 
 
 def test_a_row_alone_says_what_it_says_in_a_batch(organism: VLM, batch: Batch) -> None:
