@@ -1,4 +1,4 @@
-"""Guidance by the image: LACING's image-free guidance (arXiv 2411.12591) and PAI's output step (arXiv 2407.21771, ECCV 2024)."""
+"""Guidance by the image: soft-image guidance (LACING's IFG, arXiv 2411.12591) and PAI's output step (arXiv 2407.21771)."""
 
 from __future__ import annotations
 
