@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from slitlamp.decoding.generation import Generation, plan_generation
+from slitlamp.decoding.generation import Generation, Plan, plan_generation
 from slitlamp.decoding.intervention import Intervention, RunContext, in_order
+from slitlamp.decoding.two_branch import ContrastDecoding, contrast_of, contrasted, fuse, steps_of
 from slitlamp.errors import InputError, UnsupportedError, unknown
 from slitlamp.models import Anatomy, Batch, family_of, read_anatomy
 from slitlamp.models.encode import encode
@@ -23,6 +24,7 @@ from slitlamp.models.placement import input_device, weights
 from slitlamp.tracing import AnyEdit, Probe, Site, Trace, check_sites, session
 from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.nonfinite import NonFinite, check_policy
+from slitlamp.tracing.pause import Pause
 from slitlamp.tracing.probe import Labels
 from slitlamp.tracing.store.writer import StoredTrace, StoreOptions, closing
 from slitlamp.tracing.trace import Source
@@ -318,13 +320,15 @@ class VLM:
         A nested `apply` adds to the outer one.
 
         Raises:
-            InputError, UnsupportedError: an intervention that does not fit this model.
+            InputError, UnsupportedError: an intervention that does not fit this model, or two contrasts.
         """
         chosen = in_order(interventions)
         for one in chosen:
             one.check(self.anatomy)
         before = list(self._interventions)
-        self._in_force.interventions = in_order([*before, *chosen])
+        together = in_order([*before, *chosen])
+        contrast_of(together)
+        self._in_force.interventions = together
         try:
             yield
         finally:
@@ -338,9 +342,12 @@ class VLM:
     def _interventions(self) -> list[Intervention]:
         return self._in_force.interventions
 
-    def _edits(self, batch: Batch) -> list[AnyEdit]:
+    def _context(self, batch: Batch) -> RunContext:
         source = Source(self.model, self.anatomy, self.tokenizer)
-        context = RunContext(batch=batch, anatomy=self.anatomy, trace=self._extra_pass, source=source)
+        return RunContext(batch=batch, anatomy=self.anatomy, trace=self._extra_pass, source=source)
+
+    def _edits(self, batch: Batch) -> list[AnyEdit]:
+        context = self._context(batch)
         return [edit for one in self._interventions for edit in one.edits(context)]
 
     def _extra_pass(
@@ -375,7 +382,6 @@ class VLM:
             for (owner, name), value in zip(before, values, strict=True):
                 setattr(owner, name, value)
 
-    @torch.no_grad()
     def forward(self, batch: Batch, *, logits_to_keep: int = 0, edits: Sequence[AnyEdit] = ()) -> Any:
         """One forward pass, under the traces and interventions in force.
 
@@ -385,8 +391,15 @@ class VLM:
             edits: of this run alone, after those of the interventions in force (see `slitlamp.decoding.edits`).
 
         Returns:
-            The Hugging Face model's output.
+            The Hugging Face model's output. Under a contrast, its logits are fused where they are those of a step of decoding
+            (see `slitlamp.decoding.two_branch.ContrastDecoding`); all else in it, and what traces record, is of the clean branch.
         """
+        return self._forward(batch, logits_to_keep, edits, contrast_of(self._interventions))
+
+    @torch.no_grad()
+    def _forward(
+        self, batch: Batch, logits_to_keep: int, edits: Sequence[AnyEdit], contrast: ContrastDecoding | None
+    ) -> Any:
         nnsight = self._nnsight()
         if nnsight is not None:
             if edits:
@@ -396,12 +409,17 @@ class VLM:
                 return nnsight.run(
                     self.model, self.processor, self.anatomy, batch, self._open_traces(), "forward", arguments
                 )
-        with (
-            self._lock,
-            self._putting_back(),
-            session(self.model, self.anatomy, batch, traces=self._open_traces(), edits=[*self._edits(batch), *edits]),
-        ):
-            return self._call(batch, logits_to_keep=logits_to_keep)
+        with self._lock, self._putting_back():
+            every = [*self._edits(batch), *edits]
+            with session(self.model, self.anatomy, batch, traces=self._open_traces(), edits=every):
+                output = self._call(batch, logits_to_keep=logits_to_keep)
+            if contrast is not None:
+                others = []
+                for view, its_edits in contrast.views(self._context(batch)):
+                    with self._putting_back(), session(self.model, self.anatomy, view, edits=its_edits):
+                        others.append(self._call(view, logits_to_keep=steps_of(batch)).logits)
+                output.logits = fuse(contrast, batch, output.logits, others)
+        return output
 
     @torch.no_grad()
     def generate(
@@ -418,7 +436,8 @@ class VLM:
 
         Raises:
             InputError: a batch with a continuation, a seed without sampling or sampling without a seed, no new tokens.
-            UnsupportedError: beam search and other decoding that does not follow one sequence per row, token by token.
+            UnsupportedError: beam search and other decoding that does not follow one sequence per row, token by token; under a
+                contrast also a cache or a loop (`custom_generate`) among the options.
         """
         plan = plan_generation(batch, max_new_tokens, seed, options, self.end_tokens)
         nnsight = self._nnsight()
@@ -428,22 +447,12 @@ class VLM:
             self._lock,
             self._putting_back(),
             torch.random.fork_rng(enabled=seed is not None),
-            contextlib.nullcontext()
-            if nnsight is not None
-            else session(
-                self.model,
-                self.anatomy,
-                batch,
-                traces=self._open_traces(),
-                edits=self._edits(batch),
-                end_tokens=plan.ends,
-                decoding=True,
-            ),
+            contextlib.nullcontext(plan.arguments) if nnsight is not None else self._decoding(batch, plan) as arguments,
         ):
             if seed is not None:
                 torch.manual_seed(seed)
             if nnsight is None:
-                output = self.model.generate(**plan.arguments)  # type: ignore[operator]  # typed as a buffer of nn.Module
+                output = self.model.generate(**arguments)  # type: ignore[operator]  # typed as a buffer of nn.Module
             else:
                 output = nnsight.run(
                     self.model,
@@ -458,14 +467,36 @@ class VLM:
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         return Generation.of(batch, self.tokenizer, sequences[:, batch.length :].tolist(), plan.ends)
 
+    @contextmanager
+    def _decoding(self, batch: Batch, plan: Plan) -> Iterator[dict[str, Any]]:
+        """A session of one generation, with its contrast branches: gives the arguments of Hugging Face's `generate`."""
+        contrast, pause = contrast_of(self._interventions), Pause()
+        edits = self._edits(batch)
+        views = [] if contrast is None else contrast.views(self._context(batch))
+        traces = self._open_traces()
+        with session(
+            *(self.model, self.anatomy, batch),
+            traces=traces,
+            edits=edits,
+            end_tokens=plan.ends,
+            decoding=True,
+            pause=pause,
+        ):
+            if contrast is None:
+                yield plan.arguments
+                return
+            with contrasted(self.model, self.anatomy, batch, contrast, views, plan.arguments, pause) as arguments:
+                yield arguments
+
     def measure(self, probe: Probe, batch: Batch, labels: Labels | None = None) -> None:
         """Run a batch, and the other versions of it that a probe asks for, and give the recordings to the probe.
 
-        Interventions in force act on the batch itself; its other versions (without the image, say) run unmodified.
+        Interventions in force act on the batch itself; its other versions (without the image, say) run unmodified. A contrast
+        changes nothing that is recorded, and does not run.
         """
         sites = probe.sites(self.anatomy)
         with self.trace(*sites) as trace:
-            self.forward(batch, logits_to_keep=_logits_needed(sites))
+            self._forward(batch, _logits_needed(sites), (), None)
         trace.labels = labels
         for name, view in probe.views(self.anatomy).items():
             other, edits = view.change(batch, trace)

@@ -43,6 +43,9 @@ def test_contributing_examples_run(organism: VLM, monkeypatch: pytest.MonkeyPatc
     before = organism.forward(batch).logits
     with organism.apply(names["ScaleMLP"]()):
         assert (organism.forward(batch).logits - before).abs().max() > 1e-3
+    plain = organism.generate(batch, max_new_tokens=12).tokens
+    with organism.apply(names["AgainstNoImage"](3.0)):
+        assert organism.generate(batch, max_new_tokens=12).tokens != plain
 
 
 def test_readme_table_of_families_is_that_of_the_entries() -> None:

@@ -2,6 +2,7 @@
 
 from slitlamp.decoding.generation import Generation
 from slitlamp.decoding.intervention import Intervention, RunContext
+from slitlamp.decoding.two_branch import ContrastDecoding
 from slitlamp.decoding.views import image_free
 
-__all__ = ["Generation", "Intervention", "RunContext", "image_free"]
+__all__ = ["ContrastDecoding", "Generation", "Intervention", "RunContext", "image_free"]

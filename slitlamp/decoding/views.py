@@ -1,7 +1,9 @@
-"""Versions of a batch without its image: what VHD, and later every contrast, compares with."""
+"""Versions of a batch without its image, or with less of it: what VHD and every contrast compare with."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -50,9 +52,7 @@ def image_free(batch: Batch, how: ImageFree = "deleted", seed: int = 0) -> tuple
         UnknownNameError: an unknown `how`.
     """
     check_image_free(how)
-    if not batch.has_images:
-        rows = [batch.ids[row] for row, some in enumerate(batch.image_mask.any(dim=1).tolist()) if not some]
-        raise InputError(f"the image cannot be removed from rows without one: {', '.join(rows[:5])}")
+    _check_images(batch)
     if how == "deleted":
         return batch.without_images(), []
     if how == "noise":
@@ -68,6 +68,12 @@ def image_free(batch: Batch, how: ImageFree = "deleted", seed: int = 0) -> tuple
 
     after = [edit for layer in batch.deepstack_layers for edit in _deepstack_edits(layer, how)]
     return batch, [Edit("resid_pre", 0, replace), *after]
+
+
+def _check_images(batch: Batch) -> None:
+    if not batch.has_images:
+        rows = [batch.ids[row] for row, some in enumerate(batch.image_mask.any(dim=1).tolist()) if not some]
+        raise InputError(f"the image cannot be removed from rows without one: {', '.join(rows[:5])}")
 
 
 def _replaced(values: Tensor, mask: Tensor, how: str) -> Tensor:
@@ -121,3 +127,78 @@ def _noise(batch: Batch, seed: int) -> Tensor:
 
 def _draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+DIFFUSION_STEPS = 1000
+"""Of VCD's schedule, from the image (0) to noise (999)."""
+
+
+def diffused(batch: Batch, step: int = 500, seed: int = 0) -> Batch:
+    """The batch with Gaussian noise on its images, as a diffusion model would have put it on at a step (VCD).
+
+    v' = sqrt(abar_T) v + sqrt(1 - abar_T) eps on the normalised pixels v, with abar_T the product of 1 - beta_t for t = 0 to T
+    and beta_t = sigmoid(linspace(-6, 6, 1000))_t (0.005 - 1e-5) + 1e-5. (VCD: Leng et al., CVPR 2024, arXiv 2311.16922, with
+    the schedule of its released code.)
+
+    Args:
+        batch: rows with images.
+        step: T, 0 to 999.
+        seed: of eps, which is drawn once, the same for all images of a size (see `image_free`, "noise").
+
+    Raises:
+        InputError: a row without an image, or a step outside the schedule.
+    """
+    check_diffusion_step(step)
+    _check_images(batch)
+    betas = torch.linspace(-6, 6, DIFFUSION_STEPS, dtype=torch.float64).sigmoid() * (0.005 - 1e-5) + 1e-5
+    kept = float((1 - betas[: step + 1]).prod())
+    pixels: Tensor = batch.extra["pixel_values"]
+    return batch.with_pixels(math.sqrt(kept) * pixels + math.sqrt(1 - kept) * _noise(batch, seed))
+
+
+def check_diffusion_step(step: int) -> None:
+    """Refuse a step outside the schedule.
+
+    Raises:
+        InputError: not one of 0 to 999.
+    """
+    if not 0 <= step < DIFFUSION_STEPS:
+        raise InputError(f"a diffusion step must be one of 0 to {DIFFUSION_STEPS - 1}, found {step!r}")
+
+
+def only_tokens(batch: Batch, chosen: Sequence[Tensor], embedded: Tensor) -> tuple[Batch, list[Edit]]:
+    """A batch with some image tokens alone: the others are taken out, so that rows get shorter and positions shift.
+
+    The features of the kept tokens are put in at the input of the first block; no pixels are left. Where the model gives
+    image tokens positions by row and column (Qwen-VL), the kept ones are counted as text is.
+
+    Args:
+        batch: rows with images.
+        chosen: per row, int64 [kept], which image tokens are kept, numbered from 0 among the row's, in the order in which they
+            are to stand; they stand where, in the prompt's order, the kept ones stood.
+        embedded: [batch, image token, d_model], the inputs of the first block at image tokens: `resid_pre` of layer 0.
+
+    Returns:
+        The batch to run, and the edits to run it with.
+
+    Raises:
+        InputError: a row without an image.
+        UnsupportedError: a family that reads the image elsewhere than at the input of the first block: by cross-attention, or
+            after several blocks (DeepStack).
+    """
+    _check_images(batch)
+    if batch.cross_mask is not None or batch.deepstack_layers:
+        how = "by cross-attention" if batch.cross_mask is not None else "in several layers (DeepStack)"
+        raise UnsupportedError(f"this family reads the image {how}: it cannot be given some image tokens alone")
+    shorter = batch.with_image_tokens(chosen)
+    mask = shorter.image_mask
+    features = embedded.new_zeros(*mask.shape, embedded.shape[-1])
+    for row, numbers in enumerate(chosen):
+        features[row, mask[row].to(embedded.device)] = embedded[row, numbers.to(embedded.device)]
+
+    def put(values: Tensor, calls: Calls) -> Tensor:
+        if not calls.is_prefill:
+            return values
+        return torch.where(mask.to(values.device)[..., None], features.to(values), values)
+
+    return shorter, [Edit("resid_pre", 0, put)]

@@ -223,6 +223,28 @@ class Batch:
             extra=extra,
         )
 
+    def with_image_tokens(self, chosen: Sequence[Tensor]) -> Batch:
+        """The batch with some image tokens alone and no pixels, for features that are put in by hand.
+
+        The kept ones stay marked by `image_mask`, under the id of padding: the model would look for the image of an image id.
+
+        Args:
+            chosen: per row, int64 [kept], which image tokens are kept, numbered from 0 among the row's, in the order in which
+                they are to stand; they stand where, in the prompt's order, the kept ones stood.
+        """
+        kept, patches = [], []
+        for row, numbers in enumerate(chosen):
+            stays = self.real_mask[row] & ~self.image_mask[row]
+            stays[self.image_mask[row].nonzero()[:, 0][numbers.to(self.device)]] = True
+            kept.append(stays.nonzero()[:, 0])
+            patches.append(self.patches[row].take(numbers))
+        extra = {name: value[:1] for name, value in self.extra.items()} if self.always_pixels else {}
+        none: tuple[Image, ...] = ()
+        shorter = self._repacked(
+            [(one, ()) for one in kept], patches=tuple(patches), images=(none,) * self.size, extra=extra
+        )
+        return replace(shorter, input_ids=shorter.input_ids.masked_fill(shorter.image_mask, self.pad_token_id))
+
     def prompt_only(self) -> Batch:
         """The batch without its continuation."""
         prompt = self.real_mask & ~self.generated_mask

@@ -80,6 +80,12 @@ class Patches:
         grid[..., place] = values[..., chosen]
         return grid.unflatten(-1, (rows, columns))
 
+    def take(self, tokens: Tensor) -> Patches:
+        """The places of some tokens, int64 [token], whose features need no picture any more."""
+        chosen = tokens.to(self.image.device)
+        image, row, column, view = (one[chosen] for one in (self.image, self.row, self.column, self.view))
+        return Patches(image, row, column, view, self.grids)
+
     @staticmethod
     def join(images: Sequence[Patches]) -> Patches:
         """The patches of a prompt from those of its images, numbered in order."""

@@ -43,6 +43,7 @@ from slitlamp.tracing.attention_rows import (
     block_rows,
     take_rows,
 )
+from slitlamp.tracing.pause import Pause
 
 PREFIX = "slitlamp_"
 _BY_ROW = {"dropout", "scaling", "softcap", "sinks", "position_bias"}
@@ -375,10 +376,12 @@ def _let_go(config: Any) -> None:
 
 @contextmanager
 def observed(
-    observers: Mapping[nn.Module, Sequence[Observer]], editors: Mapping[nn.Module, Editor] | None = None
+    observers: Mapping[nn.Module, Sequence[Observer]],
+    editors: Mapping[nn.Module, Editor] | None = None,
+    pause: Pause | None = None,
 ) -> Iterator[None]:
     """Let observers see, and editors change, the attention of some modules; on exit the modules and their configurations are
-    what they were.
+    what they were. While `pause` is on nobody sees or changes anything.
 
     Raises:
         UnsupportedError: attention that cannot be tapped: an implementation without a tap, or a module that does not take
@@ -387,9 +390,12 @@ def observed(
     held: list[Any] = []
     hooks = []
     editors = editors or {}
+    pause = pause or Pause()
     modules = list(dict.fromkeys([*observers, *editors]))
 
     def over(module: nn.Module, args: Any, output: Any) -> None:
+        if pause.on:
+            return
         watch = _observers[id(module)]
         if watch.calls == 0:
             raise UnsupportedError(
@@ -401,6 +407,19 @@ def observed(
             observer.end()
 
     before = {module: _observers.get(id(module)) for module in modules}
+    watches: dict[nn.Module, _Watch] = {}
+
+    def turn(off: bool) -> None:
+        for module, watch in watches.items():
+            earlier = before[module]
+            if not off:
+                _observers[id(module)] = watch
+            elif earlier is None:
+                _observers.pop(id(module), None)
+            else:
+                _observers[id(module)] = earlier
+
+    pause.tell(turn)
     try:
         for module in modules:
             config = getattr(module, "config", None)
@@ -412,17 +431,16 @@ def observed(
             earlier = before[module]
             seeing = [*(earlier.observers if earlier else ()), *observers.get(module, ())]
             editor = editors.get(module) or (earlier.editor if earlier else None)
-            _observers[id(module)] = _Watch(seeing, editor)
+            watches[module] = _Watch(seeing, editor)
             if earlier is None:  # else the outer one's hook does
                 hooks.append(module.register_forward_hook(over))
+        turn(off=pause.on)
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for module, earlier in before.items():
-            if earlier is None:
-                _observers.pop(id(module), None)
-            else:
-                _observers[id(module)] = earlier
+        if not pause.on:
+            turn(off=True)
+        pause.forget(turn)
         for config in held:
             _let_go(config)

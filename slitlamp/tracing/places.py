@@ -102,6 +102,7 @@ def hook(
     *,
     first: bool,
     later: Callable[[Tensor], bool] | None = None,
+    idle: Callable[[], bool] = lambda: False,
 ) -> RemovableHandle:
     """Call a function on the values that pass a place; what it returns, unless None, takes their place.
 
@@ -112,9 +113,12 @@ def hook(
         first: put it before hooks that are there already: transformers captures `hidden_states`, from which LLaVA
             takes its image features, by hooks of its own, and an edit must come before them.
         later: takes the tensor that holds the values if it can be recorded once the step is over, and says whether it did.
+        idle: whether to let the values pass untouched and unseen.
     """
 
     def apply(raw: Tensor) -> Tensor | None:
+        if idle():
+            return None
         if later is not None and later(raw):
             return None
         changed = function(view.of(raw), raw)

@@ -23,6 +23,7 @@ from slitlamp.tracing.call import Calls
 from slitlamp.tracing.gradients import followed_embeddings, followed_inputs
 from slitlamp.tracing.model_state import check_model, uncompiled
 from slitlamp.tracing.nonfinite import check_finite
+from slitlamp.tracing.pause import Pause
 from slitlamp.tracing.places import Tiles, View, hook
 from slitlamp.tracing.recorder import Recorder
 from slitlamp.tracing.site_checks import n_layers_of
@@ -101,6 +102,7 @@ def session(
     edits: Sequence[AnyEdit] = (),
     end_tokens: tuple[int, ...] = (),
     decoding: bool = False,
+    pause: Pause | None = None,
 ) -> Iterator[Calls]:
     """Attach recorders and edits to a model for one run.
 
@@ -114,6 +116,7 @@ def session(
         edits: to be made.
         end_tokens: ids that end a row; what is computed for a row after it has ended is not recorded.
         decoding: whether the run may make more than one forward call.
+        pause: by which a run with `decoding` is paused, for the model to run over something else in between.
 
     Raises:
         InputError: a trace that holds a run already, a mask that does not fit the batch, an edit of a layer outside the
@@ -122,6 +125,7 @@ def session(
         NonFiniteError: a trace whose policy is "raise" recorded NaN or infinity.
     """
     check_model(model)
+    pause = pause or Pause()
     for trace in traces:
         trace.admit(batch)
         if trace.gradient_of is not None and decoding:
@@ -169,7 +173,7 @@ def session(
             stack.callback(model.get_input_embeddings().register_forward_hook(followed_embeddings).remove)
 
         generator = model.get_submodule(anatomy.modules["generator"])
-        stack.callback(generator.register_forward_pre_hook(begin, with_kwargs=True, prepend=True).remove)
+        stack.callback(generator.register_forward_pre_hook(pause.over(begin), with_kwargs=True, prepend=True).remove)
         for edit in reversed(of_states):  # each goes before those registered already
             view = run.view(edit.site, edit.layer)
             if not view.can_be_changed:
@@ -184,7 +188,8 @@ def session(
                     )
                 return changed
 
-            stack.callback(hook(run.module(edit.site, edit.layer), view, change, first=True).remove)
+            module = run.module(edit.site, edit.layer)
+            stack.callback(hook(module, view, change, first=True, idle=pause.idle).remove)
         for recorder in recorders:
             recorder.trace.start(batch, decoding=decoding)
             recorder.begin()
@@ -196,18 +201,18 @@ def session(
                     if site.is_attention:
                         observers.setdefault(module, []).append(recorder.attention(site, layer))
                     elif site.name == "logits":
-                        stack.callback(_hook_logits(module, recorder.logits(site)).remove)
+                        stack.callback(_hook_logits(module, recorder.logits(site), pause).remove)
                     else:
                         view = run.view(site.name, layer)
                         record, later = recorder.state(site, layer, view), recorder.later(site, layer, view)
-                        handle = hook(module, view, record, first=False, later=later)
+                        handle = hook(module, view, record, first=False, later=later, idle=pause.idle)
                         stack.callback(handle.remove)
                         if isinstance(site.positions, Tensor) or site.positions == "image":
                             of_prompt.append(handle)  # no token that is decoded is among these positions
         by_layer = {one.layer: [edit for edit in of_attention if edit.layer == one.layer] for one in of_attention}
         editors = {run.module("attention", layer): Editor(some, calls) for layer, some in by_layer.items()}
         if observers or editors:
-            stack.enter_context(observed(observers, editors))
+            stack.enter_context(observed(observers, editors, pause))
 
         def end(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             grows = type(kwargs.get("past_key_values")) is DynamicCache
@@ -219,7 +224,7 @@ def session(
         if decoding:
             for recorder in recorders:
                 stack.callback(recorder.finish)
-            stack.callback(generator.register_forward_hook(end, with_kwargs=True).remove)
+            stack.callback(generator.register_forward_hook(pause.over(end), with_kwargs=True).remove)
         if wanted:
 
             def differentiate(module: nn.Module, args: Any, output: Any) -> None:
@@ -244,8 +249,8 @@ def _why_not(edit: Edit, view: View) -> str:
     return f"{edit.site!r} of layer {edit.layer} cannot be edited: {reason}"
 
 
-def _hook_logits(model: nn.Module, record: Callable[[Tensor, Tensor], None]) -> Any:
+def _hook_logits(model: nn.Module, record: Callable[[Tensor, Tensor], None], pause: Pause) -> Any:
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         record(output.logits, output.logits)
 
-    return model.register_forward_hook(after)
+    return model.register_forward_hook(pause.over(after))

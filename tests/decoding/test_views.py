@@ -1,13 +1,14 @@
 """Versions of a batch that say nothing of the image."""
 
 import functools
+import math
 
 import pytest
 import torch
 from tiny_models import BUILDERS
 
 from slitlamp.decoding import image_free
-from slitlamp.decoding.views import IMAGE_FREE
+from slitlamp.decoding.views import IMAGE_FREE, diffused, only_tokens
 from slitlamp.errors import InputError, UnknownNameError, UnsupportedError
 from slitlamp.tracing import sites
 from slitlamp.vlm import VLM
@@ -172,3 +173,83 @@ def test_zero_and_mean_replace_what_deepstack_adds(image):
                 of_image = added[row][batch.image_mask[row][batch.real_mask[row]].nonzero()[:, 0]]
                 assert torch.all(of_image == 0) == (how == "zero")
                 torch.testing.assert_close(of_image, of_image[:1].expand_as(of_image), rtol=0, atol=1e-5)
+
+
+def test_diffusion_is_that_of_the_schedule(llava, image):
+    """abar step by step in the plain words of the formula; the noise is that of "noise", the same for all images."""
+    batch = pair(llava, image, (0, 1, 2))
+    pixels = batch.extra["pixel_values"]
+    eps = image_free(batch, "noise", 4)[0].extra["pixel_values"]
+    for step in (0, 500, 999):
+        kept = 1.0
+        for t in range(step + 1):
+            place = -6 + 12 * t / 999
+            kept *= 1 - ((0.005 - 1e-5) / (1 + math.exp(-place)) + 1e-5)
+        found = diffused(batch, step, 4).extra["pixel_values"]
+        torch.testing.assert_close(found, kept**0.5 * pixels + (1 - kept) ** 0.5 * eps, rtol=0, atol=1e-5)
+    assert torch.equal(diffused(batch, 500, 4).extra["pixel_values"], diffused(batch, 500, 4).extra["pixel_values"])
+    assert not torch.equal(diffused(batch, 500, 4).extra["pixel_values"], diffused(batch, 500, 5).extra["pixel_values"])
+    for step in (-1, 1000):
+        with pytest.raises(InputError, match=f"one of 0 to 999, found {step}"):
+            diffused(batch, step)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_diffusion_does_not_depend_on_the_rest_of_the_batch(name, image):
+    vlm = built(name)
+    small, large = [image(0)], [image(1, 44, 36)]
+    alone, both = encoded(vlm, [small]), encoded(vlm, [large, small])
+    wanted = vlm.forward(diffused(alone)).logits[0]
+    found = vlm.forward(diffused(both)).logits[1, -alone.length :]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert not torch.allclose(wanted, vlm.forward(alone).logits[0], atol=1e-3)
+
+
+def embedded(vlm, batch):
+    return vlm._extra_pass(batch, [sites.resid_pre(layers=0, positions="image")], [])["resid_pre"][0]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_all_image_tokens_in_their_order_are_the_image(name, image):
+    vlm = built(name)
+    batch = encoded(vlm, [[image(0, 40, 24)], [image(1)]])
+    if vlm.anatomy.family.cross is not None or batch.deepstack_layers:
+        with pytest.raises(UnsupportedError, match="cannot be given some image tokens alone"):
+            only_tokens(batch, [torch.tensor([0])] * 2, torch.zeros(2, 1, vlm.anatomy.d_model))
+        return
+    if vlm.anatomy.family.first_position is None:  # positions by row and column, in place of which these count as text
+        batch = encoded(vlm, [[image(0, 40, 24)]])
+        states = vlm._extra_pass(batch, [sites.resid_pre(layers=0)], [])["resid_pre"][0]
+        positions = torch.arange(batch.length).expand(3, 1, -1)
+        with torch.no_grad():
+            wanted = vlm.model(inputs_embeds=states, position_ids=positions).logits
+    else:
+        wanted = vlm.forward(batch).logits
+    every = [torch.arange(int(row.sum())) for row in batch.image_mask]
+    whole, edits = only_tokens(batch, every, embedded(vlm, batch))
+    torch.testing.assert_close(vlm.forward(whole, edits=edits).logits, wanted, rtol=0, atol=1e-5)
+
+
+def test_only_some_tokens_are_the_prompt_with_these_alone(llava, image):
+    """Against the decoder on the embeddings of what is left, row by row; in the order asked for, with a continuation."""
+    batch = pair(llava, image, (0, 1, 2))
+    features = embedded(llava, batch)
+    chosen = [torch.tensor([20, 3, 17]), torch.tensor([5])]
+    shorter, edits = only_tokens(batch, chosen, features)
+    logits = llava.forward(shorter, edits=edits).logits
+    assert shorter.image_mask.sum(dim=1).tolist() == [3, 1]
+    assert shorter.patches[0].table.tolist() == batch.patches[0].table[[20, 3, 17]].tolist()
+    assert shorter.n_generated == batch.n_generated
+    table = llava.model.get_input_embeddings()
+    for row, numbers in enumerate(chosen):
+        states, left = [], iter(numbers.tolist())
+        places = batch.image_mask[row].nonzero()[:, 0].tolist()
+        for place in batch.real_mask[row].nonzero()[:, 0].tolist():
+            if not batch.image_mask[row, place]:
+                states.append(table(batch.input_ids[row, place]))
+            elif places.index(place) in numbers:
+                states.append(features[row, next(left)])
+        with torch.no_grad():
+            wanted = llava.model(inputs_embeds=torch.stack(states)[None]).logits[0]
+        assert shorter.lengths[row] == len(states)
+        torch.testing.assert_close(logits[row, -len(states) :], wanted, rtol=0, atol=1e-5)

@@ -1,0 +1,74 @@
+"""Guidance by the image: soft-image guidance (LACING's IFG, arXiv 2411.12591) and PAI's output step (arXiv 2407.21771)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from slitlamp.decoding.intervention import Intervention, RunContext
+from slitlamp.decoding.two_branch import ContrastDecoding, ContrastView
+from slitlamp.decoding.views import ImageFree, check_image_free, image_free
+from slitlamp.errors import InputError, unknown
+from slitlamp.models import Anatomy
+
+Scale = Literal["logits", "log-probs"]
+SCALES: tuple[str, ...] = ("logits", "log-probs")
+
+
+@dataclass
+class ImageFreeGuidance(ContrastDecoding):
+    """Decode from what the model says without the image, taken `scale` times as far towards what it says with it.
+
+    l* = l' + s (l - l'), with l' that of the image-free view: classifier-free guidance. LACING's IFG is on logits, without APC,
+    s from 1 to 3; its image-free prompt is trained, in place of which stand the embeddings' mean or zero. PAI's output step is
+    `ImageFreeGuidance(1.1, view="deleted", on="log-probs", beta=0.1)`. The cost is one more forward pass per step.
+
+    Attributes:
+        scale: s; 1 changes nothing. 1.5, within the range of the paper, is our default [?].
+        view: how the image is removed; see `slitlamp.decoding.views.image_free`.
+        on: "logits" or "log-probs". Log-probabilities are given on the scale of the clean logits. The two differ by a constant
+            per step, which no softmax sees, but a repetition penalty does.
+        seed: of the noise, for `view="noise"`.
+        beta: of APC; 0 for none.
+    """
+
+    scale: float = 1.5
+    view: ImageFree = "mean"
+    on: Scale = "logits"
+    seed: int = 0
+
+    name: ClassVar[str] = "ImageFreeGuidance"
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse parameters out of range."""
+        super().check(anatomy)
+        if not self.scale >= 0:
+            raise InputError(f"{self.name}: scale must be 0 or more, found {self.scale!r}")
+        check_image_free(self.view)
+        if self.on not in SCALES:
+            raise unknown(f"{self.name} on", str(self.on), SCALES)
+
+    def views(self, run: RunContext) -> Sequence[ContrastView]:
+        """The batch without its image."""
+        return [image_free(run.batch, self.view, self.seed)]
+
+    def combine(self, clean: Tensor, contrasts: Sequence[Tensor], step: Tensor) -> Tensor:
+        """s l + (1 - s) l'; of log-probabilities on the scale of the clean logits, l + (s - 1) (lp - lp')."""
+        without = contrasts[0]
+        if self.on == "logits":
+            return self.scale * clean + (1 - self.scale) * without
+        return clean + (self.scale - 1) * (clean.log_softmax(dim=-1) - without.log_softmax(dim=-1))
+
+    def controls(self) -> dict[str, Intervention]:
+        """The same guidance away from an image of noise, and, with APC, APC alone."""
+        other: ImageFree = "deleted" if self.view == "noise" else "noise"
+        found: dict[str, Intervention] = {other: replace(self, view=other)}
+        return found | ({"apc_only": replace(self, scale=1.0)} if self.beta else {})
+
+    def describe(self) -> str:
+        """What this does, in a few plain words."""
+        apc = f", beta {self.beta:g}" if self.beta else ""
+        return f"guidance by the image against the image {self.view}, scale {self.scale:g}, on {self.on}{apc}"
