@@ -14,8 +14,8 @@ from slitlamp.decoding.views import ImageFree, check_image_free, image_free
 from slitlamp.errors import InputError, unknown
 from slitlamp.models import Anatomy
 
-Scale = Literal["logits", "log-probs"]
-SCALES: tuple[str, ...] = ("logits", "log-probs")
+Space = Literal["logits", "log-probs"]
+SPACES: tuple[str, ...] = ("logits", "log-probs")
 
 
 @dataclass
@@ -24,12 +24,12 @@ class ImageFreeGuidance(ContrastDecoding):
 
     l* = l' + s (l - l'), with l' that of the image-free view: classifier-free guidance. LACING's IFG is on logits, without APC,
     s from 1 to 3; its image-free prompt is trained, in place of which stand the embeddings' mean or zero. PAI's output step is
-    `ImageFreeGuidance(1.1, view="deleted", on="log-probs", beta=0.1)`. The cost is one more forward pass per step.
+    `ImageFreeGuidance(1.1, view="deleted", space="log-probs", beta=0.1)`. The cost is one more forward pass per step.
 
     Attributes:
         scale: s; 1 changes nothing. 1.5, within the range of the paper, is our default [?].
         view: how the image is removed; see `slitlamp.decoding.views.image_free`.
-        on: "logits" or "log-probs". Log-probabilities are given on the scale of the clean logits. The two differ by a constant
+        space: "logits" or "log-probs". Log-probabilities are given on the scale of the clean logits. The two differ by a constant
             per step, which no softmax sees, but a repetition penalty does.
         seed: of the noise, for `view="noise"`.
         beta: of APC; 0 for none.
@@ -37,7 +37,7 @@ class ImageFreeGuidance(ContrastDecoding):
 
     scale: float = 1.5
     view: ImageFree = "mean"
-    on: Scale = "logits"
+    space: Space = "logits"
     seed: int = 0
 
     name: ClassVar[str] = "ImageFreeGuidance"
@@ -48,8 +48,8 @@ class ImageFreeGuidance(ContrastDecoding):
         if not self.scale >= 0:
             raise InputError(f"{self.name}: scale must be 0 or more, found {self.scale!r}")
         check_image_free(self.view)
-        if self.on not in SCALES:
-            raise unknown(f"{self.name} on", str(self.on), SCALES)
+        if self.space not in SPACES:
+            raise unknown(f"{self.name} space", str(self.space), SPACES)
 
     def views(self, run: RunContext) -> Sequence[ContrastView]:
         """The batch without its image."""
@@ -58,7 +58,7 @@ class ImageFreeGuidance(ContrastDecoding):
     def combine(self, clean: Tensor, contrasts: Sequence[Tensor], step: Tensor) -> Tensor:
         """s l + (1 - s) l'; of log-probabilities on the scale of the clean logits, l + (s - 1) (lp - lp')."""
         without = contrasts[0]
-        if self.on == "logits":
+        if self.space == "logits":
             return self.scale * clean + (1 - self.scale) * without
         return clean + (self.scale - 1) * (clean.log_softmax(dim=-1) - without.log_softmax(dim=-1))
 
@@ -71,4 +71,4 @@ class ImageFreeGuidance(ContrastDecoding):
     def describe(self) -> str:
         """What this does, in a few plain words."""
         apc = f", beta {self.beta:g}" if self.beta else ""
-        return f"guidance by the image against the image {self.view}, scale {self.scale:g}, on {self.on}{apc}"
+        return f"guidance by the image against the image {self.view}, scale {self.scale:g}, on {self.space}{apc}"

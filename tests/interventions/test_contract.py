@@ -67,7 +67,7 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "M3ID": (lambda a: M3ID(decay=a, offset=5), 0.0, 0.2),
     "ImageFreeGuidance": (lambda a: ImageFreeGuidance(scale=a), 1.0, 3.0),
     "ImageFreeGuidance PAI": (
-        lambda a: ImageFreeGuidance(scale=a, view="deleted", on="log-probs", beta=0.1),
+        lambda a: ImageFreeGuidance(scale=a, view="deleted", space="log-probs", beta=0.1),
         1.0,
         3.0,
     ),

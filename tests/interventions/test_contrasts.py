@@ -47,9 +47,9 @@ def test_image_free_guidance_by_hand() -> None:
     wanted = [1.7 * one - 0.7 * other for one, other in zip(CLEAN, OTHER, strict=True)]
     assert combined(ImageFreeGuidance(1.7)) == pytest.approx(wanted, abs=1e-5)
     on_log_probs = [1.7 * one - 0.7 * other for one, other in zip(log_probs(CLEAN), log_probs(OTHER), strict=True)]
-    found = combined(ImageFreeGuidance(1.7, on="log-probs"))
+    found = combined(ImageFreeGuidance(1.7, space="log-probs"))
     assert log_probs(found) == normalised(on_log_probs)
-    assert combined(ImageFreeGuidance(1.0, on="log-probs")) == CLEAN  # on the scale of the logits
+    assert combined(ImageFreeGuidance(1.0, space="log-probs")) == CLEAN  # on the scale of the logits
 
 
 def test_m3id_by_hand() -> None:
@@ -98,7 +98,7 @@ def test_log_probs_and_logits_decode_alike(organism: VLM, batch: Batch) -> None:
     """With weights that sum to 1 they differ by a constant per step."""
     found = []
     for on in ("logits", "log-probs"):
-        with organism.apply(ImageFreeGuidance(2.5, on=on)):
+        with organism.apply(ImageFreeGuidance(2.5, space=on)):
             found.append(organism.generate(batch, max_new_tokens=25, do_sample=True, seed=4).tokens)
     assert found[0] == found[1]
     assert found[0] != organism.generate(batch, max_new_tokens=25, do_sample=True, seed=4).tokens
@@ -225,7 +225,7 @@ def test_families_without_image_tokens_of_the_tower_are_refused(name: str, messa
         (M3ID(gate=0.0), "gate must be above 0"),
         (M3ID(view="delete"), "did you mean 'deleted'"),  # type: ignore[arg-type]
         (ImageFreeGuidance(-1.0), "scale must be 0 or more"),
-        (ImageFreeGuidance(on="logit"), "did you mean 'logits'"),  # type: ignore[arg-type]
+        (ImageFreeGuidance(space="logit"), "did you mean 'logits'"),  # type: ignore[arg-type]
         (OutlierContrast(-1.0), "alpha must be 0 or more"),
         (OutlierContrast(top_k=0), "top_k must be at least 1, found 0"),
         (OutlierContrast(variant="released"), "did you mean 'as_released'"),  # type: ignore[arg-type]
