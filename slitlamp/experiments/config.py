@@ -113,6 +113,7 @@ class Config(_Strict):
     probe_conditions: list[str] | None = None
     probe_datasets: list[str] | None = None
     causal: bool | Annotated[int, Field(ge=1)] = False
+    perplexity: bool = False
     showcase: list[str] | bool = False
     seed: int = Field(default=0, ge=0)
     batch_size: int = Field(default=16, ge=1)

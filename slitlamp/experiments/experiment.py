@@ -51,6 +51,7 @@ class Experiment:
         probe_datasets: by default the caption data sets, or all if there is none.
         causal: whether what the probes point at is intervened on, against matched random targets; a number says on how
             many items at most.
+        perplexity: whether captions are also scored by how likely the unmodified model finds them (one more pass each).
         showcase: caption items to be shown word by word in the report: their ids, or True for one chosen by rule.
         generation: further options of Hugging Face's `generate`; greedy decoding by default.
         n_resamples, level: of the bootstrap intervals over images.
@@ -72,6 +73,7 @@ class Experiment:
     probe_conditions: Sequence[str] | None = None
     probe_datasets: Sequence[str] | None = None
     causal: bool | int = False
+    perplexity: bool = False
     showcase: bool | Sequence[str] = False
     generation: Mapping[str, Any] = field(default_factory=dict)
     n_resamples: int = 2000
@@ -112,7 +114,7 @@ class Experiment:
                 key: getattr(config, key)
                 for key in (
                     *("seed", "controls", "comparisons", "batch_size", "probe_conditions", "probe_datasets"),
-                    *("causal", "showcase", "generation", "n_resamples", "level", "title"),
+                    *("causal", "perplexity", "showcase", "generation", "n_resamples", "level", "title"),
                 )
             },
             **options,

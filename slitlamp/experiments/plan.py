@@ -71,6 +71,7 @@ class Plan:
             "probe_conditions": self.probe_conditions,
             "probe_datasets": self.probe_datasets,
             "causal": one.causal,
+            "perplexity": one.perplexity or None,
             "showcase": one.showcase if isinstance(one.showcase, bool) else list(one.showcase),
             "seed": one.seed,
             "batch_size": one.batch_size,

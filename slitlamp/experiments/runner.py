@@ -20,6 +20,7 @@ from slitlamp.experiments.config import ModelConfig
 from slitlamp.experiments.datasets import Dataset, Item
 from slitlamp.experiments.folder import CONFIG, ENVIRONMENT, PREDICTIONS, TABLES, Unit, UnitResult
 from slitlamp.experiments.models import load_model
+from slitlamp.experiments.perplexity import negative_log_likelihood
 from slitlamp.experiments.plan import Plan
 from slitlamp.experiments.probing import Measured, encoded, give_source, joined, labels_of
 from slitlamp.experiments.processes import Processes, started_together
@@ -223,7 +224,13 @@ class Runner:
                         fresh = copy.deepcopy(probe)
                         vlm.measure(fresh, generation.teacher_forced(), labels)
                         states[key] = fresh.state()
-        return UnitResult(_prediction_rows(unit, data, items, generation), states, seconds)
+        rows = _prediction_rows(unit, data, items, generation)
+        if plan.experiment.perplexity:
+            with _clock(seconds, "perplexity"):
+                asked = data.task == "captions"
+                nll = negative_log_likelihood(vlm, generation) if asked else [float("nan")] * len(rows)
+            rows = [{**row, "nll": one} for row, one in zip(rows, nll, strict=True)]
+        return UnitResult(rows, states, seconds)
 
     # -- results ----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from slitlamp.evaluation.chair import (
 )
 from slitlamp.evaluation.pope import pope_differences, pope_items, pope_scores
 from slitlamp.experiments.datasets import Dataset
+from slitlamp.experiments.perplexity import perplexity_differences, perplexity_scores
 
 Tables = dict[str, pd.DataFrame]
 Predictions = Mapping[tuple[str, str], pd.DataFrame]
@@ -36,7 +37,8 @@ def score(
         datasets: the data sets, in order.
         conditions: names, the reference first.
         comparisons: pairs (condition, reference).
-        predictions: by (condition, data set): a row per item, in the order of the items, with columns item and text.
+        predictions: by (condition, data set): a row per item, in the order of the items, with columns item and text, and, where
+            captions are to have a perplexity, nll and n_tokens.
         bootstrap: `n_resamples`, `level` and `seed` of the intervals.
 
     Returns:
@@ -131,10 +133,17 @@ def _captions(
         add("chair_rows", rows[condition], **here)
         add("chair_mentions", mentions[condition], **here)
         add("conditions", chair_scores(rows[condition], **bootstrap), **here, task="captions")
+        if _has_perplexity(predictions[condition, dataset.name]):
+            found = perplexity_scores(predictions[condition, dataset.name], **bootstrap)
+            add("conditions", found, **here, task="captions")
         add("recall_curve", recall_curve(mentions[condition], truth), **here)
     for condition, reference in comparisons:
         frame = chair_differences(rows[reference], rows[condition], **bootstrap)
-        add("differences", frame, condition=condition, reference=reference, dataset=dataset.name, task="captions")
+        here = {"condition": condition, "reference": reference, "dataset": dataset.name, "task": "captions"}
+        add("differences", frame, **here)
+        texts = [predictions[name, dataset.name] for name in (reference, condition)]
+        if all(map(_has_perplexity, texts)):
+            add("differences", perplexity_differences(*texts, **bootstrap), **here)
         pair = {reference: mentions[reference], condition: mentions[condition]}
         add(
             "matched_differences",
@@ -143,6 +152,10 @@ def _captions(
             dataset=dataset.name,
         )
     add("matched_recall", matched_recall(mentions, truth, **bootstrap), dataset=dataset.name)
+
+
+def _has_perplexity(texts: pd.DataFrame) -> bool:
+    return "nll" in texts and bool(texts["nll"].notna().all())
 
 
 def _difference(matched: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from slitlamp.errors import InputError, unknown
-from slitlamp.reports import compose, findings, head_layers, notes, probe_findings, probe_sections, skipping
+from slitlamp.reports import compose, dose, findings, head_layers, notes, probe_findings, probe_sections, skipping
 from slitlamp.reports.data import RunData
 from slitlamp.reports.drawing import Drawing
 from slitlamp.reports.style import WIDE, style
@@ -82,6 +82,7 @@ SWEEPS: Final[dict[str, RunFigure]] = {
     "subnetwork_masks": RunFigure(
         "Subnetworks against masks of equal size", skipping.subnetworks, skipping.subnetworks_note, lambda data: []
     ),
+    "dose_response": RunFigure("How much of it", dose.dose_response, dose.dose_response_note, dose.dose_findings),
     "generation_time": RunFigure(
         "What each condition costs", head_layers.generation_time, head_layers.generation_time_note, lambda data: []
     ),

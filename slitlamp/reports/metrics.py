@@ -73,6 +73,14 @@ _METRICS: Final = (
         "share of the answers that are neither a clear yes nor a clear no",
     ),
     Metric("mean_words", "Length", "words per caption", "", "mean length of a caption", 1),
+    Metric(
+        "perplexity",
+        "Perplexity",
+        "unmodified model",
+        "",
+        "how surprised the unmodified model is by a token of the captions, on average: 1 if it were certain of each",
+        2,
+    ),
     Metric("mean_mentions", "Mentions", "objects per caption", "", "mean number of objects named in a caption", 2),
 )
 METRICS: Final = {metric.name: metric for metric in _METRICS}
