@@ -379,7 +379,7 @@ def test_the_boost_gives_the_image_more_attention_and_its_reverse_less(llava: VL
 def test_pai_is_the_boost_under_guidance_by_the_image(llava: VLM) -> None:
     """log-probabilities with the image, boosted, against those without it, not boosted; decoding as in one pass."""
     batch = llava.encode([random_image(0), random_image(1)], ["<image> is there a dog ?", "<image> what ?"])
-    guidance = ImageFreeGuidance(1.1, view="deleted", space="log-probs", beta=0.1)
+    guidance = ImageFreeGuidance(1.1, view="deleted", space="log-probs")
     boost = ImageAttentionBoost(0.5, layers=[0, 1, 2])
     with llava.apply(boost):
         clean = llava.forward(batch).logits
@@ -387,10 +387,11 @@ def test_pai_is_the_boost_under_guidance_by_the_image(llava: VLM) -> None:
     with llava.apply(boost, guidance):
         found = llava.forward(batch).logits
         generation = llava.generate(batch, max_new_tokens=6, eos_token_id=[])
-        again = llava.forward(generation.teacher_forced()).logits
+        again = llava.forward(generation.teacher_forced()).logits[:, -7:-1]
     torch.testing.assert_close(found, fuse(guidance, batch, clean, [without]), rtol=0, atol=2e-5)
-    for row, tokens in enumerate(generation.tokens):
-        assert again[row, -len(tokens) - 1 : -1].argmax(dim=-1).tolist() == list(tokens)
+    again[..., llava.model.generation_config.suppress_tokens] = -torch.inf
+    assert again.argmax(dim=-1).tolist() == [list(tokens) for tokens in generation.tokens]
+    assert generation.tokens != llava.generate(batch, max_new_tokens=6, eos_token_id=[]).tokens
 
 
 # what does not fit, and YAML
