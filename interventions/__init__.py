@@ -7,6 +7,7 @@ from interventions.head_reinforcement import HeadReinforcement
 from interventions.image_attention_boost import ImageAttentionBoost
 from interventions.image_contrast import ImageContrast
 from interventions.image_free_guidance import ImageFreeGuidance
+from interventions.informed_token_boost import InformedTokenBoost
 from interventions.m3id import M3ID
 from interventions.outlier_contrast import OutlierContrast
 from interventions.projection_ablation import ProjectionAblation
@@ -22,6 +23,7 @@ __all__ = [
     "ImageAttentionBoost",
     "ImageContrast",
     "ImageFreeGuidance",
+    "InformedTokenBoost",
     "OutlierContrast",
     "ProjectionAblation",
     "SkipPerceptual",

@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from interventions.given_tensors import check_layers
-from interventions.predicting_rows import predicting_rows
+from interventions.raised_scores import check_image_tokens, predicting_rows
 from probes.knockout_flows import default_window, window_of
 from slitlamp.decoding.edits import knock_out
 from slitlamp.decoding.intervention import Intervention, Kind, RunContext
-from slitlamp.errors import InputError, UnsupportedError, unknown
+from slitlamp.errors import InputError, unknown
 from slitlamp.models import Anatomy
 from slitlamp.tracing import AttentionEdit
 
@@ -65,11 +65,8 @@ class CutAttention(Intervention):
             raise unknown(f"{self.name} keys", str(self.keys), KEYS)
         if self.select not in ("given", "random"):
             raise unknown(f"{self.name} select", str(self.select), ("given", "random"))
-        if anatomy.family.cross is not None and "image" in (self.queries, self.keys):
-            raise UnsupportedError(
-                f"{self.name}: {anatomy.family.name} reads the image by cross-attention: there are no image tokens among its "
-                "positions"
-            )
+        if "image" in (self.queries, self.keys):
+            check_image_tokens(anatomy, self.name)
         for layer in self.chosen(anatomy):
             anatomy.place("attention", layer)
 

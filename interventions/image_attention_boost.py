@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from interventions.given_tensors import check_layers
-from interventions.predicting_rows import predicting_rows
+from interventions.raised_scores import boosted_layers, check_image_tokens, describe_layers, raised_scores
 from slitlamp.decoding.intervention import Intervention, Kind, RunContext
-from slitlamp.errors import InputError, UnsupportedError, unknown
+from slitlamp.errors import InputError, unknown
 from slitlamp.models import Anatomy
-from slitlamp.tracing import AttentionEdit, Calls
+from slitlamp.tracing import AttentionEdit
 
 Columns = Literal["image", "text"]
 
@@ -47,18 +45,11 @@ class ImageAttentionBoost(Intervention):
             raise InputError(f"{self.name}: alpha must be a finite number, found {self.alpha!r}")
         if self.columns not in ("image", "text"):
             raise unknown(f"{self.name} columns", str(self.columns), ("image", "text"))
-        if anatomy.family.cross is not None:
-            raise UnsupportedError(
-                f"{self.name}: {anatomy.family.name} reads the image by cross-attention: there are no image tokens among its "
-                "positions"
-            )
-        layers = self._layers(anatomy)
+        check_image_tokens(anatomy, self.name)
+        layers = boosted_layers(self.layers, anatomy.n_layers)
         check_layers(layers, anatomy.n_layers, self.name)
         for layer in layers:
             anatomy.place("attention", layer)
-
-    def _layers(self, anatomy: Anatomy) -> tuple[int, ...]:
-        return tuple(range(2, anatomy.n_layers)) if self.layers is None else tuple(self.layers)
 
     def controls(self) -> dict[str, Intervention]:
         """The same alpha on the text of the prompt; and the opposite one on the same columns."""
@@ -67,10 +58,7 @@ class ImageAttentionBoost(Intervention):
 
     def describe(self) -> str:
         """What this does, in a few plain words."""
-        if self.layers is None:
-            where = "the third layer to the last"
-        else:
-            where = f"layers {', '.join(map(str, self.layers))}" if self.layers else "no layer"
+        where = describe_layers(self.layers)
         return f"attention scores to {self.columns} tokens changed by {self.alpha:+g} of their size in {where}"
 
     def edits(self, run: RunContext) -> list[AttentionEdit]:
@@ -78,15 +66,5 @@ class ImageAttentionBoost(Intervention):
         if self.alpha == 0:
             return []
         batch = run.batch
-        boosted = batch.image_mask if self.columns == "image" else batch.text_mask & ~batch.generated_mask
-
-        def boost(rows: Tensor, columns: Tensor, calls: Calls) -> Tensor:
-            of_prompt = columns < batch.length  # tokens that are generated are neither
-            chosen = boosted.to(columns.device)[:, columns.clamp(max=batch.length - 1)] & of_prompt
-            return self.alpha * chosen[:, None, None].float()
-
-        return [
-            AttentionEdit(layer, boost, queries, relative=True)
-            for layer in self._layers(run.anatomy)
-            for queries in predicting_rows(batch)
-        ]
+        raised = batch.image_mask if self.columns == "image" else batch.text_mask & ~batch.generated_mask
+        return raised_scores(boosted_layers(self.layers, run.anatomy.n_layers), batch, self.alpha * raised.float())

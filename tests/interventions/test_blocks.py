@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from contract import close, encode, pictures_of
+from eager import Eager
 from safetensors.torch import save_file
 from tiny_models import BUILDERS
 from tiny_models.common import random_image
@@ -22,8 +23,10 @@ from interventions import (
     HeadAblation,
     ImageAttentionBoost,
     ImageFreeGuidance,
+    InformedTokenBoost,
     ProjectionAblation,
 )
+from interventions.informed_token_boost import informed_tokens
 from slitlamp.decoding import Intervention, image_free
 from slitlamp.decoding.two_branch import fuse
 from slitlamp.errors import InputError, UnknownNameError, UnsupportedError
@@ -278,7 +281,10 @@ def test_random_layers_are_others(llava: VLM) -> None:
 
 
 def boosted_by_hand(alpha: float, layers: list[int], rows: torch.Tensor, keys: torch.Tensor) -> Callable[..., Any]:
-    """Eager attention as PAI's text has it: a + alpha |a| at rows [batch, query] and keys [batch, key], then the softmax."""
+    """Eager attention as PAI's text has it: a + alpha |a| at rows [batch, query] and keys [batch, key], then the softmax.
+
+    Keys may also be given as factors.
+    """
 
     def attend(
         module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, softcap: Any = None, **rest: Any
@@ -289,7 +295,7 @@ def boosted_by_hand(alpha: float, layers: list[int], rows: torch.Tensor, keys: t
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if module.layer_idx in layers:
-            scores = scores + alpha * scores.abs() * (rows[:, None, :, None] & keys[:, None, None, :])
+            scores = scores + alpha * scores.abs() * (rows[:, None, :, None] * keys[:, None, None, :])
         weights = (scores + mask).softmax(dim=-1)
         return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -394,6 +400,64 @@ def test_pai_is_the_boost_under_guidance_by_the_image(llava: VLM) -> None:
     assert generation.tokens != llava.generate(batch, max_new_tokens=6, eos_token_id=[]).tokens
 
 
+def test_informed_tokens_are_those_planted() -> None:
+    early, late = torch.arange(16.0), torch.ones(16)
+    late[[3, 15]] = 9.0  # quartiles of the others are equal: any more is exceptional
+    local, summary = informed_tokens(early, late, 0.25)
+    assert summary.nonzero()[:, 0].tolist() == [3, 15]
+    assert local.nonzero()[:, 0].tolist() == [12, 13, 14]
+    spread = torch.arange(16.0)
+    spread[7] = 24.9  # without 7 and with this, Q1 is 3.75 and Q3 12.25: the limit is 25
+    assert not informed_tokens(early, spread, 0.0)[0].any()
+    assert not informed_tokens(early, spread, 0.0)[1].any()
+    spread[7] = 25.1
+    assert informed_tokens(early, spread, 0.0)[1].nonzero()[:, 0].tolist() == [7]
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+def test_informed_tokens_are_found_and_boosted_by_their_own_factors(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Hugging Face's own attention of the tower, and by scores raised by hand."""
+    vlm = BUILDERS[family]()
+    batch = encode(vlm, [[random_image(4)], [random_image(5)]])
+    eager = Eager(vlm, batch)
+    n_layers = vlm.anatomy.n_vision_layers
+    method = InformedTokenBoost(0.7, 0.3, layers=[1, 2])
+    found = under(vlm, batch, method)
+    factors = torch.zeros(batch.size, batch.length)
+    for row in range(batch.size):
+        n_tokens = int(batch.image_mask[row].sum())
+        early, late = (eager.vision_attentions[layer][row].mean(dim=0)[0, 1:] for layer in (0, n_layers - 2))
+        if len(early) != n_tokens:  # squares of four patches under a token, [row, 2, column, 2] of the grid
+            side = round(n_tokens**0.5)
+            early, late = (one.view(side, 2, side, 2).sum(dim=(1, 3)).flatten() for one in (early, late))
+        local, summary = informed_tokens(early, late, 0.25)
+        assert method.local_[row].tolist() == local.nonzero()[:, 0].tolist()
+        assert method.summary_[row].tolist() == summary.nonzero()[:, 0].tolist()
+        assert local.any()
+        factors[row, batch.image_mask[row]] = 0.7 * local + 0.3 * summary
+    assert [len(one) for one in method.summary_] in ([0, 1], [1, 0])  # one of these images has one
+    model = copied(vlm)
+    model.set_attn_implementation("eager")
+    code = sys.modules[type(model.get_submodule(vlm.anatomy.attention(0))).__module__]
+    by_hand = boosted_by_hand(1.0, [1, 2], predicting(batch), factors)
+    monkeypatch.setattr(importlib.import_module(code.__name__), "eager_attention_forward", by_hand)
+    close(found, logits_of(model, batch))
+
+
+def test_random_informed_tokens_are_as_many(llava: VLM) -> None:
+    batch = encode(llava, [[random_image(4)], [random_image(5)]])
+    method, other = InformedTokenBoost(), InformedTokenBoost(select="random")
+    for one in (method, other):
+        under(llava, batch, one)
+    for mine, drawn in ((method.local_, other.local_), (method.summary_, other.summary_)):
+        assert [len(one) for one in mine] == [len(one) for one in drawn]
+    assert [one.tolist() for one in method.local_] != [one.tolist() for one in other.local_]
+    for local, summary in zip(other.local_, other.summary_, strict=True):
+        assert not set(local.tolist()) & set(summary.tolist())
+
+
 # what does not fit, and YAML
 
 
@@ -446,6 +510,11 @@ def refusals(vlm: VLM, folder: Path) -> list[tuple[Intervention, type[Exception]
         ),
         (ImageAttentionBoost(torch.nan), InputError, "alpha must be a finite number, found nan"),
         (ImageAttentionBoost(layers=[3]), InputError, "layer 3 is not one of 0 to 2"),
+        (InformedTokenBoost(alpha=torch.nan), InputError, "alpha must be a finite number, found nan"),
+        (InformedTokenBoost(beta=torch.inf), InputError, "beta must be a finite number, found inf"),
+        (InformedTokenBoost(share=1.5), InputError, "share must be from 0 to 1, found 1.5"),
+        (InformedTokenBoost(layers=[3]), InputError, "layer 3 is not one of 0 to 2"),
+        (InformedTokenBoost(select=any_value), UnknownNameError, "select 'either'"),
         (ImageAttentionBoost(columns=any_value), UnknownNameError, "columns 'either'"),
     ]
 
@@ -464,6 +533,16 @@ def test_models_without_image_tokens_among_their_positions_are_refused() -> None
     CutAttention("text", "text", layers=[0]).check(mllama.anatomy)
 
 
+def test_informed_tokens_need_a_cls_token_and_images(llava: VLM, llava_siglip: VLM) -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"needs a CLS token and two blocks; found no CLS token.*ImageAttentionBoost"
+    ):
+        InformedTokenBoost().check(llava_siglip.anatomy)
+    without = llava.encode([[]], ["is there a dog ?"])
+    with llava.apply(InformedTokenBoost()), pytest.raises(InputError, match="needs an image in every row"):
+        llava.forward(without)
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -472,13 +551,14 @@ def test_models_without_image_tokens_among_their_positions_are_refused() -> None
         ProjectionAblation(torch.ones(32), [0, 2], strength=0.5, vector_layer=None),
         CutAttention("text", "image", layers=[1], select="random", seed=1),
         ImageAttentionBoost(0.5, layers=[0, 1], columns="text"),
+        InformedTokenBoost(0.5, 0.4, share=0.5, layers=[0, 1], select="random", seed=1),
     ],
     ids=lambda method: method.name,
 )
 def test_plain_values_as_in_a_yaml_file_make_the_same(method: Intervention, llava: VLM) -> None:
     ((name, values),) = describe(method).items()
     again = build("intervention", name, type(method), values)
-    batch = encode(llava, pictures_of(llava))
+    batch = encode(llava, [[random_image(0)], [random_image(1)]])
     assert torch.equal(under(llava, batch, again), under(llava, batch, method))
     assert describe(again) == {name: values}
 
@@ -490,6 +570,7 @@ def test_descriptions_tell_a_method_from_its_controls() -> None:
         ProjectionAblation(Path("steer.safetensors"), strength=0.5),
         CutAttention(),
         ImageAttentionBoost(),
+        InformedTokenBoost(),
     ):
         words = [one.describe() for one in (method, *method.controls().values())]
         assert len(set(words)) == len(words)
