@@ -31,7 +31,7 @@ QUERIES: dict[str, str] = {
 KEYS: dict[str, str] = {name: words for name, words in QUERIES.items() if name != "last"}
 
 
-@dataclass(eq=False)
+@dataclass
 class CutAttention(Intervention):
     """Some positions may not attend to others, in all heads of some layers: score(q, k) = -inf before the softmax.
 

@@ -17,7 +17,7 @@ from slitlamp.tracing import AttentionEdit
 Columns = Literal["image", "text"]
 
 
-@dataclass(eq=False)
+@dataclass
 class ImageAttentionBoost(Intervention):
     """Where a next token is predicted, attention scores to image tokens are raised: a becomes a + alpha |a|.
 
