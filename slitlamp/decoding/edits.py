@@ -93,13 +93,19 @@ def add_direction(layer: int, direction: Tensor, scale: float, *, relative: bool
     return [Edit("resid_post", layer, add)]
 
 
-def remove_direction(layers: Sequence[int], direction: Tensor) -> list[Edit]:
-    """Take a direction [d_model] out of the residual stream after some blocks, at every position (projection ablation)."""
+def remove_direction(layers: Sequence[int], direction: Tensor, strength: float = 1.0) -> list[Edit]:
+    """Take a direction [d_model] out of the residual stream after some blocks, at every position (projection ablation).
+
+    Args:
+        layers: after which blocks.
+        direction: [d_model]; its length does not matter.
+        strength: how much of the component is taken out; 1 for all of it.
+    """
     unit = direction / direction.norm()
 
     def remove(values: Tensor, calls: Calls) -> Tensor:
         along = unit.to(values)
-        return values - (values @ along)[..., None] * along
+        return values - strength * (values @ along)[..., None] * along
 
     return [Edit("resid_post", layer, remove) for layer in layers]
 

@@ -2,7 +2,8 @@
 
 An edit acts in the model's own attention function: the rows it asks for are given another mask, all others are left as they
 are, bit for bit. What is held at once is the mask of one block of edited rows, [batch, head or 1, block, key] with at most
-`BLOCK_ELEMENTS` weights behind it, never that of all rows by all columns; beside it, one copy of the module's output.
+`BLOCK_ELEMENTS` weights behind it, never that of all rows by all columns; its scores, for edits relative to them; and one copy
+of the module's output.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from slitlamp.tracing.call import Calls, Selection
 from slitlamp.tracing.site_checks import n_layers_of
 from slitlamp.tracing.sites import TEXT_POSITIONS, Positions
 
+Scores = Callable[[QueryRows], Tensor]
+"""Query rows -> their scores before any mask, [batch, head, chosen, key]."""
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionEdit:
@@ -35,11 +39,14 @@ class AttentionEdit:
             to the scores (-inf cuts). Positions are those of the batch, padding included; the token that decode step t runs
             over has position `batch.length + t - 1`. It is called for one block of rows at a time.
         queries: the rows that are edited; those of padding never are.
+        relative: whether what `function` gives in floating point, finite, is in units of the absolute score |a| of its pair: a
+            becomes a + given * |a|. a is the model's own score, scaled and soft-capped, before any mask or edit.
     """
 
     layer: int
     function: Callable[[Tensor, Tensor, Calls], Tensor]
     queries: Positions = "all"
+    relative: bool = False
 
 
 def check_attention_edit(edit: AttentionEdit, anatomy: Anatomy, calls: Calls) -> None:
@@ -71,13 +78,16 @@ class Editor:
     edits: Sequence[AttentionEdit]
     calls: Calls
 
-    def of_call(self, query: Tensor, n_keys: int, mask: Tensor | None, *, is_causal: bool) -> EditedMask | None:
+    def of_call(
+        self, query: Tensor, n_keys: int, mask: Tensor | None, scores: Scores, *, is_causal: bool
+    ) -> EditedMask | None:
         """The edits in one call of the attention function; None where no row of it is edited.
 
         Args:
             query: [batch, head, query, d_head].
             n_keys: how many keys there are: those of all positions so far, or, behind a sliding window, the last ones.
             mask: what the model gave: None, bool (true: may attend), or additive.
+            scores: of some query rows, without the mask.
             is_causal: whether the attention function itself hides later keys.
 
         Raises:
@@ -94,7 +104,7 @@ class Editor:
             raise UnsupportedError(f"an attention mask of shape {list(mask.shape)}; expected [batch, head, query, key]")
         chosen = [(edit, self._members(edit, n_queries, query.device)) for edit in self.edits]
         chosen = [(edit, members) for edit, members in chosen if bool(members.any())]
-        return EditedMask(chosen, self.calls, query, n_keys, mask, is_causal) if chosen else None
+        return EditedMask(chosen, self.calls, query, n_keys, mask, scores, is_causal) if chosen else None
 
     def _members(self, edit: AttentionEdit, n_queries: int, device: torch.device) -> Tensor:
         """bool [batch, query], true at the rows that an edit changes."""
@@ -116,12 +126,14 @@ class EditedMask:
         query: Tensor,
         n_keys: int,
         mask: Tensor | None,
+        scores: Scores,
         is_causal: bool,
     ) -> None:
         self._edits = edits
         self._calls = calls
         self._query = query
         self._mask = mask if mask is None else mask[..., :n_keys]
+        self._scores = scores
         self._is_causal = is_causal
         length = calls.batch.length + max(calls.number, 0)
         first = max(0, length - n_keys)
@@ -139,6 +151,7 @@ class EditedMask:
         index = torch.arange(n_queries, device=query.device)[rows][None] if isinstance(rows, slice) else rows
         index = index.to(query.device).expand(batch, -1)
         total, hidden = self._given(rows, index)
+        sizes: Tensor | None = None
         shape = (batch, heads, index.shape[1], len(self._keys))
         for edit, members in self._edits:
             found = edit.function(index + self._first_query, self._keys, self._calls)
@@ -147,6 +160,10 @@ class EditedMask:
             found = found.to(query.device)
             if found.dtype == torch.bool:
                 total = total.masked_fill(found & here, -torch.inf)
+            elif edit.relative:
+                if bool(here.any()):
+                    sizes = self._scores(rows).abs() if sizes is None else sizes
+                    total = total + torch.where(here, found * sizes, 0).to(total.dtype)
             else:
                 total = total + torch.where(here, found, 0).to(total.dtype)
             empty = here & (hidden | (total == -torch.inf)).all(dim=-1, keepdim=True)
@@ -184,6 +201,10 @@ class EditedMask:
             raise InputError(
                 f"an edit of the attention of layer {edit.layer} must give bool pairs or a floating bias that broadcasts to "
                 f"{list(shape)}; it gave {found.dtype} {list(found.shape)}"
+            )
+        if edit.relative and not bool(found.isfinite().all()):
+            raise InputError(
+                f"an edit of the attention of layer {edit.layer} relative to its scores must be finite; to cut pairs, give bool"
             )
 
     def _refuse_empty(self, edit: AttentionEdit, empty: Tensor, index: Tensor) -> None:

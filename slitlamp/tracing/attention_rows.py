@@ -120,6 +120,31 @@ def _positions(rows: QueryRows, n_queries: int, device: torch.device) -> Tensor:
     return torch.arange(n_queries, device=device)[rows][None, :] if isinstance(rows, slice) else rows
 
 
+def attention_scores(
+    query: Tensor, key: Tensor, *, scaling: float | None = None, softcap: float | None = None
+) -> Tensor:
+    """Attention scores before any mask: softcap(q k^T * scaling); q k^T in the dtype of the model, what follows in float32.
+
+    Args:
+        query: [batch, head, query, d_head].
+        key: [batch, kv head, key, d_head]; each is shared by head / kv head query heads.
+        scaling, softcap: as of `attention_rows`.
+
+    Returns:
+        [batch, head, query, key], float32 or, of a model in float64, that.
+    """
+    batch, n_heads, n_rows, width = query.shape
+    n_kv_heads, n_keys = key.shape[1], key.shape[2]
+    grouped = query.reshape(batch, n_kv_heads, n_heads // n_kv_heads * n_rows, width)
+    scores = (grouped @ key.transpose(2, 3)).reshape(batch, n_heads, n_rows, n_keys)
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores.mul_(scaling if scaling is not None else width**-0.5)
+    if softcap is None:
+        return scores
+    scores.div_(softcap).tanh_()
+    return scores * softcap if scores.requires_grad else scores.mul_(softcap)
+
+
 def attention_rows(
     query: Tensor,
     key: Tensor,
@@ -161,23 +186,14 @@ def attention_rows(
     if mask is not None and mask.ndim != 4:
         raise UnsupportedError(f"an attention mask of shape {list(mask.shape)}; expected [batch, head, query, key]")
     query, key = query.detach(), key.detach()
-    batch, n_heads, n_queries, width = query.shape
-    n_kv_heads, n_keys = key.shape[1], key.shape[2]
-    groups = n_heads // n_kv_heads
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    groups = query.shape[1] // key.shape[1]
     if heads is not None:
         chosen = list(heads)
         query, key = query[:, chosen], key[:, [head // groups for head in chosen]]
-        n_heads = n_kv_heads = len(chosen)
-        groups = 1
         mask = mask if mask is None or mask.shape[1] == 1 else mask[:, chosen]
     taken = query[:, :, rows] if isinstance(rows, slice) else take_rows(query, rows) if n_queries > 1 else query
-    n_rows = taken.shape[2]
-    grouped = taken.reshape(batch, n_kv_heads, groups * n_rows, width)
-    scores = (grouped @ key.transpose(2, 3)).reshape(batch, n_heads, n_rows, n_keys)
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    scores.mul_(scaling if scaling is not None else width**-0.5)
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
+    scores = attention_scores(taken, key, scaling=scaling, softcap=softcap)
 
     hidden: Tensor | None = None
     if mask is not None:

@@ -40,6 +40,7 @@ from slitlamp.tracing.attention_rows import (
     Observer,
     QueryRows,
     attention_rows,
+    attention_scores,
     block_rows,
     take_rows,
 )
@@ -60,9 +61,14 @@ class _Watch:
     editor: Editor | None = None
     calls: int = 0
 
-    def edits(self, query: Tensor, n_keys: int, mask: Tensor | None, *, is_causal: bool = False) -> EditedMask | None:
+    def edits(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, options: Mapping[str, Any], *, is_causal: bool = False
+    ) -> EditedMask | None:
         """The edits in a call of the attention function; None where there are none."""
-        return None if self.editor is None else self.editor.of_call(query, n_keys, mask, is_causal=is_causal)
+        if self.editor is None:
+            return None
+        scores = partial(_scores, query, key, options)
+        return self.editor.of_call(query, key.shape[2], mask, scores, is_causal=is_causal)
 
     def see(
         self,
@@ -97,6 +103,14 @@ class _Watch:
             observer.see(call)
 
 
+def _scores(query: Tensor, key: Tensor, options: Mapping[str, Any], rows: QueryRows) -> Tensor:
+    """Scores of some query rows before the mask, from the options that the attention function was given."""
+    if options.get("position_bias") is not None:
+        raise UnsupportedError("edits relative to attention scores do not know a model's position bias (position_bias)")
+    taken = take_rows(query, rows)
+    return attention_scores(taken, key, scaling=options.get("scaling"), softcap=options.get("softcap"))
+
+
 _observers: dict[int, _Watch] = {}
 """By the identity of the watched module, for as long as `observed` holds it."""
 
@@ -125,7 +139,7 @@ def _tapped_sdpa(
         causal = options.get("is_causal")
         causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
         is_causal = causal and attention_mask is None and query.shape[2] > 1
-        edited = watch.edits(query, key.shape[2], attention_mask, is_causal=is_causal)
+        edited = watch.edits(query, key, attention_mask, options, is_causal=is_causal)
         if edited is not None:
             options = {**options, "is_causal": False}  # it is in the mask
 
@@ -291,7 +305,7 @@ def _tapped_eager(
     n_queries = query.shape[2]
     if watch is None:
         return eager(module, query, key, value, attention_mask, **options)
-    edited = watch.edits(query, key.shape[2], attention_mask)
+    edited = watch.edits(query, key, attention_mask, options)
 
     def run(rows: QueryRows, value: Tensor) -> tuple[Tensor, Tensor]:
         bias = options.get("position_bias")

@@ -13,10 +13,16 @@ import torch
 
 from interventions import (
     M3ID,
+    ActivationAddition,
+    CutAttention,
+    HeadAblation,
     HeadReinforcement,
+    ImageAttentionBoost,
     ImageContrast,
     ImageFreeGuidance,
+    InformedTokenBoost,
     OutlierContrast,
+    ProjectionAblation,
     SkipPerceptual,
     SubnetMask,
 )
@@ -26,6 +32,9 @@ from slitlamp.tracing import sites
 from slitlamp.vlm import VLM
 
 Make = Callable[[float], Intervention]
+
+VECTOR = [(-1.0) ** (i // 3) * (1 + i % 5) for i in range(32)]
+MEANS = [[[0.3 * layer - 0.2 * head + 0.1 * i for i in range(8)] for head in range(4)] for layer in range(3)]
 
 # name -> (strength -> intervention), the neutral strength, a strength that changes the output of the tiny model
 CASES: dict[str, tuple[Make, float, float]] = {
@@ -61,6 +70,24 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "SubnetMask": (lambda a: SubnetMask(sparsity=a), 0.0, 0.5),
     "SubnetMask image": (lambda a: SubnetMask(sparsity=a, tokens="image", layers=[0, 2]), 0.0, 0.5),
     "SubnetMask text": (lambda a: SubnetMask(sparsity=a, tokens="text"), 0.0, 0.5),
+    "HeadAblation": (lambda n: HeadAblation([(0, 1), (2, 3), (2, 0)][: int(n)]), 0, 3),
+    "HeadAblation mean": (
+        lambda n: HeadAblation([(0, 1), (2, 3), (2, 0)][: int(n)], value="mean", means=MEANS),
+        0,
+        3,
+    ),
+    "HeadAblation random": (lambda n: HeadAblation([(0, 1), (2, 3), (2, 0)][: int(n)], select="random"), 0, 3),
+    "ActivationAddition": (lambda s: ActivationAddition(VECTOR, scale=s), 0.0, 0.5),
+    "ActivationAddition random": (lambda s: ActivationAddition(VECTOR, scale=s, direction="random"), 0.0, 0.5),
+    "ProjectionAblation": (lambda s: ProjectionAblation(VECTOR, strength=s), 0.0, 1.0),
+    "ProjectionAblation half": (lambda s: ProjectionAblation(VECTOR, layers=[1], strength=s), 0.0, 0.5),
+    "CutAttention": (lambda n: CutAttention(layers=[1][: int(n)]), 0, 1),
+    "CutAttention text": (lambda n: CutAttention("text", "image", layers=[0][: int(n)]), 0, 1),
+    "CutAttention generated": (lambda n: CutAttention("text_after_image", "all", layers=[0][: int(n)]), 0, 1),
+    "ImageAttentionBoost": (lambda a: ImageAttentionBoost(a), 0.0, 2.0),
+    "ImageAttentionBoost text": (lambda a: ImageAttentionBoost(a, layers=[0, 1, 2], columns="text"), 0.0, 2.0),
+    "InformedTokenBoost": (lambda a: InformedTokenBoost(2 * a, a, layers=[0, 1, 2]), 0.0, 1.0),
+    "InformedTokenBoost random": (lambda a: InformedTokenBoost(2 * a, a, select="random"), 0.0, 2.0),
     "ImageContrast": (lambda a: ImageContrast(alpha=a), 0.0, 2.0),
     "ImageContrast deleted": (lambda a: ImageContrast(alpha=a, view="deleted"), 0.0, 2.0),
     "ImageContrast zero": (lambda a: ImageContrast(alpha=a, view="zero", beta=0.5), 0.0, 2.0),

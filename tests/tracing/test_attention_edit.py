@@ -15,7 +15,7 @@ from tiny_models.common import random_image
 from slitlamp.decoding.edits import knock_out
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models import Batch
-from slitlamp.tracing import AttentionEdit, attention_rows, sites
+from slitlamp.tracing import AttentionEdit, attention_rows, attention_tap, sites
 from slitlamp.tracing.attention_tap import _held, _observers
 from slitlamp.vlm import VLM
 
@@ -92,6 +92,47 @@ def test_a_bias_of_each_head_equals_the_same_mask(family: str, implementation: s
     wanted = logits_with_mask(vlm, batch, {1: full * batch.image_mask[:, None, :, None]})
     found = vlm.forward(batch, edits=[AttentionEdit(1, bias, "image")]).logits
     close(found[batch.real_mask], wanted[batch.real_mask])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_edits_relative_to_scores_add_up_in_units_of_the_models_own(implementation: str) -> None:
+    """softmax(a + |a|/4 + |a|/2), with a by hand from the queries and keys that the attention function was given."""
+    vlm = built("llava", implementation)
+    batch = encode(vlm, pictures_of(vlm))
+    asked: Any = sites.attention(layers=[1], queries="all", keys="all")
+    seen: list[torch.Tensor] = []
+    first, second = 0.25, 0.5
+
+    def part(share: float) -> AttentionEdit:
+        return AttentionEdit(1, lambda rows, columns, calls: torch.full((1, 1, 1, 1), share), "all", relative=True)
+
+    kept = attention_tap._scores
+
+    def look(query: torch.Tensor, key: torch.Tensor, options: Any, rows: Any) -> torch.Tensor:
+        repeated = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        seen.append((query @ repeated.mT) / query.shape[-1] ** 0.5)
+        return kept(query, key, options, rows)
+
+    with pytest.MonkeyPatch.context() as patch, vlm.trace(asked) as trace:
+        patch.setattr(attention_tap, "_scores", look)
+        vlm.forward(batch, edits=[part(first), part(second)])
+    a, real = seen[0], batch.real_mask
+    causal = torch.ones(batch.length, batch.length, dtype=torch.bool).tril()
+    visible = causal & real[:, None, None, :]
+    wanted = (a + (first + second) * a.abs()).masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    for row in range(batch.size):
+        mine, n = real[row], int(real[row].sum())
+        close(trace["attention"][1][row][:, :n, :n], wanted[row][:, mine][..., mine])
+
+
+def test_relative_edits_that_are_not_finite_and_position_biases_are_refused(llava: VLM) -> None:
+    batch = llava.encode([random_image(0)], ["<image> what ?"])
+    cut = AttentionEdit(0, lambda *_: torch.full((1, 1, 1, 1), -torch.inf), "last", relative=True)
+    with pytest.raises(InputError, match="relative to its scores must be finite; to cut pairs, give bool"):
+        llava.forward(batch, edits=[cut])
+    states = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(UnsupportedError, match="position_bias"):
+        attention_tap._scores(states, states, {"position_bias": torch.zeros(1, 2, 3, 3)}, slice(None))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -239,7 +280,6 @@ def test_the_model_is_as_before_after_an_error_in_an_edit(llava: VLM) -> None:
 
 def test_flash_attention_is_refused_by_name(llava: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU the kernel itself cannot run; what is refused is the call."""
-    from slitlamp.tracing import attention_tap
     from slitlamp.tracing.attention_edit import Editor
 
     module = llava.model.get_submodule(llava.anatomy.attention(0))
