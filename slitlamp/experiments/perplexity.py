@@ -28,7 +28,7 @@ def negative_log_likelihood(vlm: VLM, generation: Generation) -> list[float]:
     found = []
     for row, tokens in enumerate(generation.tokens):
         ids = torch.tensor(tokens, device=log_p.device)
-        found.append(-float(log_p[row, torch.arange(len(tokens)), ids].double().sum()))
+        found.append(-float(log_p[row, : len(tokens)].gather(1, ids[:, None]).double().sum()))
     return found
 
 

@@ -88,9 +88,7 @@ def dose_scores(data: RunData) -> pd.DataFrame | None:
     for one in data.conditions:
         if one.control_of in found.of:
             places[one.name] = found.of[one.control_of], one.name.removeprefix(f"{one.control_of}_")
-    reference = data.reference
-    if reference is not None:
-        places[reference] = float("nan"), ""
+    places |= {name: (float("nan"), "") for name in _unmodified(data)}
     captions, pope = findings.caption_datasets(data)[:1], findings.pope_datasets(data)[-1:]
     dataset, name = scores["dataset"].astype(str), scores["metric"].astype(str)
     wanted = (dataset.isin(captions) & name.isin(CAPTIONS)) | (dataset.isin(pope) & (name == "f1"))
@@ -176,12 +174,13 @@ def dose_findings(data: RunData) -> list[str]:
     """At which strengths CHAIR_i differs from that of the unmodified model, and from that of every control."""
     found = doses(data.config["conditions"])
     captions = findings.caption_datasets(data)
-    if found is None or not captions or data.reference is None:
+    unmodified = _unmodified(data)
+    if found is None or not captions or not unmodified:
         return []
     lower: list[float] = []
     beyond: list[float] = []
     for name, dose in sorted(found.of.items(), key=lambda one: one[1]):
-        plain = findings.difference(data, name, data.reference, captions[0], "chair_i")
+        plain = findings.difference(data, name, unmodified[0], captions[0], "chair_i")
         if plain is None or not plain.high < 0:
             continue
         lower.append(dose)
@@ -195,6 +194,11 @@ def dose_findings(data: RunData) -> list[str]:
     return [
         f"{text}; below every control at {_listed(beyond)}." if beyond else f"{text}, but nowhere below every control."
     ]
+
+
+def _unmodified(data: RunData) -> list[str]:
+    """The reference, where it changes nothing; the reference of a run without such a condition is one of its strengths."""
+    return [one for one in [data.reference] if one is not None and not data.config["conditions"].get(one)]
 
 
 def _listed(values: list[float]) -> str:

@@ -113,6 +113,22 @@ def test_what_the_strengths_show(run: Run, tmp_path: Path) -> None:
     assert dose_findings(data) == ["At no value of alpha is CHAIR_i below that of the unmodified model."]
 
 
+def test_a_run_without_the_unmodified_model_says_nothing_of_it(run: Run) -> None:
+    """Its reference is one of the strengths, and stays one."""
+    data = RunData(run.folder)
+    info, scores = data.table("condition_info"), data.table("conditions")
+    assert info is not None
+    assert scores is not None
+    roles = ["reference" if name == "x1" else role for name, role in zip(info["condition"], info["role"], strict=True)]
+    kept = info.assign(role=roles)[info["condition"] != "baseline"]
+    data._tables |= {"condition_info": kept, "conditions": scores[scores["condition"] != "baseline"]}
+    data.config["conditions"].pop("baseline")
+    table = dose_scores(data)
+    assert table is not None
+    assert list(table[(table["metric"] == "recall") & (table["control"] == "")]["dose"]) == list(FACTORS)
+    assert dose_findings(data) == []
+
+
 @pytest.mark.parametrize(
     "conditions",
     [
