@@ -166,9 +166,9 @@ def verdicts_note(data: RunData) -> str:
     return (
         f"Paired differences of every treatment to “{data.reference}” (filled) and to the strongest of its matched controls "
         f"(white; the control that comes closest to it or passes it), with {data.level} intervals by image; dashed: no "
-        "difference. Thick bars exclude zero. In order of CHAIR_i at equal recall where there are captions: that is not won by naming less. A "
-        "verdict asks for intervals beyond zero, which are not corrected for the number of treatments; the tables below have p "
-        f"values that are (Holm).{n}"
+        "difference. Thick bars exclude zero. In order of CHAIR_i at equal recall where there are captions: that is not won by "
+        "naming less. A verdict asks for intervals beyond zero, which are not corrected for the number of treatments; the tables "
+        f"below have p values that are (Holm).{n}"
     )
 
 
