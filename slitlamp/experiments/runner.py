@@ -327,7 +327,7 @@ def _prediction_rows(unit: Unit, data: Dataset, items: Sequence[Item], generatio
         for item, n_prompt, n_image, text, tokens, stopped in zip(
             items,
             generation.batch.lengths,
-            generation.batch.image_mask.sum(dim=1).tolist(),
+            generation.n_image,
             generation.texts,
             generation.tokens,
             generation.stopped,

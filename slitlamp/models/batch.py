@@ -14,7 +14,6 @@ from torch import Tensor
 from slitlamp.errors import InputError
 from slitlamp.models.patches import Patches
 
-
 POSITIONS = "position_ids"
 """The input of the model that numbers its positions, where a batch brings one: 0-based, by row, 0 at padding."""
 
@@ -203,7 +202,13 @@ class Batch:
                 values[row, end:] = values[row, end - 1].clone() if isinstance(fill, str) else fill
                 if fill == "next":
                     values[row, end:] += torch.arange(1, len(more) + 1, device=values.device)
-        found = {"input_ids": ids, "attention_mask": mask, "image_mask": image, "aligned": aligned, "features": features}
+        found = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "image_mask": image,
+            "aligned": aligned,
+            "features": features,
+        }
         return replace(self, **{**found, **changes})
 
     def _positions(self, mask: Tensor) -> list[Tensor]:
