@@ -119,6 +119,6 @@ def test_image_tokens_are_told_where_conditions_differ_in_them(tmp_path: Path) -
     assert figure is not None
     assert [text.get_text() for text in figure.axes[0].texts] == ["×1.00, 64 image tokens", "×0.50, 18 image tokens"]
     counts.assign(image_tokens=64.0).to_parquet(data.folder / "tables" / "token_counts.parquet")
-    same = generation_times(data)
+    same = generation_times(RunData(data.folder))
     assert same is not None
     assert "image_tokens" not in same
