@@ -243,7 +243,14 @@ def verdict_tables(data: RunData) -> list[Table]:
         table = Table(
             f"{one.title}: treatment minus “{data.reference}” and minus its strongest control [{data.level} intervals, bold "
             "where they exclude zero].",
-            ["treatment", f"Δ to {data.reference}", "p, Holm", "strongest control", "Δ to that control", "verdict"],
+            [
+                "treatment",
+                "verdict",
+                f"Δ to {data.reference}",
+                "p, Holm",
+                "Δ to its strongest control",
+                "which control",
+            ],
         )
         for row in one.rows.to_dict("records"):
             effect, beyond = Estimate.of(row), Estimate.of(row, "control_value", "control_low", "control_high")
@@ -252,11 +259,11 @@ def verdict_tables(data: RunData) -> list[Table]:
                 (
                     str(row["treatment"]),
                     [
+                        Cell(str(row["verdict"]), strong=row["verdict"] == BEATS_ALL),
                         Cell(effect.text(signed=True), strong=effect.excludes(0.0)),
                         Cell(_p(row.get("p_holm"))),
-                        Cell(control),
                         Cell("–" if control == "–" else beyond.text(signed=True), strong=beyond.excludes(0.0)),
-                        Cell(str(row["verdict"]), strong=row["verdict"] == BEATS_ALL),
+                        Cell(control),
                     ],
                 )
             )

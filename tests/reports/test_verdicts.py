@@ -134,11 +134,12 @@ def test_verdict_tables_hold_every_number(data: RunData) -> None:
         assert len(table.heads) == 6
         for (name, cells), row in zip(table.rows, one.rows.to_dict("records"), strict=True):
             assert name == row["treatment"]
-            assert cells[0].text == Estimate.of(row).text(signed=True)
-            assert cells[1].text == number(row["p_holm"])
-            assert cells[2].text == (row["control"] if row["n_controls"] else "–")
-            assert cells[4].text == row["verdict"]
-            assert cells[4].strong == (row["verdict"] == BEATS_ALL)
+            beyond = Estimate.of(row, "control_value", "control_low", "control_high").text(signed=True)
+            assert [cell.text for cell in cells] == [
+                *(row["verdict"], Estimate.of(row).text(signed=True), number(row["p_holm"])),
+                *((beyond, row["control"]) if row["n_controls"] else ("–", "–")),
+            ]
+            assert cells[0].strong == (row["verdict"] == BEATS_ALL)
 
 
 def test_a_matrix_has_single_effects_pairs_and_interactions_in_their_places(data: RunData) -> None:
