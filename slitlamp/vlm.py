@@ -26,6 +26,7 @@ from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.nonfinite import NonFinite, check_policy
 from slitlamp.tracing.pause import Pause
 from slitlamp.tracing.probe import Labels
+from slitlamp.tracing.session import only_in_prefill
 from slitlamp.tracing.store.writer import StoredTrace, StoreOptions, closing
 from slitlamp.tracing.trace import Source
 
@@ -485,7 +486,10 @@ class VLM:
             if contrast is None:
                 yield plan.arguments
                 return
-            with contrasted(self.model, self.anatomy, batch, contrast, views, plan.arguments, pause) as arguments:
+            untouched = not traces and all(only_in_prefill(edit) for edit in edits)
+            with contrasted(
+                *(self.model, self.anatomy, batch, contrast, views, plan.arguments, pause), untouched=untouched
+            ) as arguments:
                 yield arguments
 
     def measure(self, probe: Probe, batch: Batch, labels: Labels | None = None) -> None:

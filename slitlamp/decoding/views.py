@@ -64,10 +64,10 @@ def image_free(batch: Batch, how: ImageFree = "deleted", seed: int = 0) -> tuple
         )
 
     def replace(values: Tensor, calls: Calls) -> Tensor:
-        return _replaced(values, calls.batch.image_mask, how) if calls.is_prefill else values
+        return _replaced(values, calls.batch.image_mask, how)
 
     after = [edit for layer in batch.deepstack_layers for edit in _deepstack_edits(layer, how)]
-    return batch, [Edit("resid_pre", 0, replace), *after]
+    return batch, [Edit("resid_pre", 0, replace, prefill_only=True), *after]
 
 
 def _check_images(batch: Batch) -> None:
@@ -90,18 +90,18 @@ def _deepstack_edits(layer: int, how: str) -> list[Edit]:
     before: list[Tensor] = []
 
     def keep(values: Tensor, calls: Calls) -> Tensor:
-        if calls.is_prefill:
-            before[:] = [values]
+        before[:] = [values]
         return values
 
     def replace(values: Tensor, calls: Calls) -> Tensor:
-        if not calls.is_prefill:
-            return values
         stream = before.pop().to(values.device)
         mask = calls.batch.image_mask.to(values.device)
         return torch.where(mask[..., None], stream + _replaced(values - stream, mask, how), values)
 
-    return [Edit("resid_post", layer, keep), Edit("resid_pre", layer + 1, replace)]
+    return [
+        Edit("resid_post", layer, keep, prefill_only=True),
+        Edit("resid_pre", layer + 1, replace, prefill_only=True),
+    ]
 
 
 def _noise(batch: Batch, seed: int) -> Tensor:
@@ -197,8 +197,6 @@ def only_tokens(batch: Batch, chosen: Sequence[Tensor], embedded: Tensor) -> tup
         features[row, mask[row].to(embedded.device)] = embedded[row, numbers.to(embedded.device)]
 
     def put(values: Tensor, calls: Calls) -> Tensor:
-        if not calls.is_prefill:
-            return values
         return torch.where(mask.to(values.device)[..., None], features.to(values), values)
 
-    return shorter, [Edit("resid_pre", 0, put)]
+    return shorter, [Edit("resid_pre", 0, put, prefill_only=True)]

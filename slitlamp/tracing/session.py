@@ -44,15 +44,24 @@ class Edit:
         layer: 0-based (0 for `projector_out`).
         function: (values, calls) -> new values of the same shape, as the site gives them: [batch, position, d_model], or
             for `z` [batch, position, head, d_head]. It must not write into `values`.
+        prefill_only: whether it acts in the forward call over the prompt alone, and is not called after it.
     """
 
     site: str
     layer: int
     function: Callable[[Tensor, Calls], Tensor]
+    prefill_only: bool = False
 
 
 AnyEdit = Edit | AttentionEdit
 """A change of what the model computes: of the values at a site, or of attention before its softmax."""
+
+
+def only_in_prefill(edit: AnyEdit) -> bool:
+    """Whether an edit does nothing in the decode steps of a generation."""
+    if isinstance(edit, AttentionEdit):
+        return not isinstance(edit.queries, str) or edit.queries == "image"  # no token that is decoded is among these
+    return edit.prefill_only or edit.site == "projector_out" or edit.site.startswith("vision_")
 
 
 class _Run:
@@ -189,7 +198,10 @@ def session(
                 return changed
 
             module = run.module(edit.site, edit.layer)
-            stack.callback(hook(module, view, change, first=True, idle=pause.idle).remove)
+            handle = hook(module, view, change, first=True, idle=pause.idle)
+            stack.callback(handle.remove)
+            if edit.prefill_only:
+                of_prompt.append(handle)
         for recorder in recorders:
             recorder.trace.start(batch, decoding=decoding)
             recorder.begin()
