@@ -162,7 +162,13 @@ def _merge(branches: Sequence[Branch]) -> dict[str, Any] | None:
         return None
     aligned = {"position_ids", *branches[0].batch.aligned}
     images = {name for one in branches for name in one.batch.extra}
-    known = {"past_key_values", "attention_mask", "inputs_embeds", "mm_encoder_outputs", *images}  # put together, or used up
+    known = {
+        "past_key_values",
+        "attention_mask",
+        "inputs_embeds",
+        "mm_encoder_outputs",
+        *images,
+    }  # put together, or used up
     along: list[dict[str, Tensor]] = []
     rest: list[dict[str, Any]] = []
     for one in branches:
