@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
 from slitlamp.models.anatomy import Anatomy
-from slitlamp.models.batch import Batch
+from slitlamp.models.batch import POSITIONS, Batch
 from slitlamp.tracing.pause import Pause
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _merge(branches: Sequence[Branch]) -> dict[str, Any] | None:
     caches = [one.inputs.get("past_key_values") for one in branches]
     if family.cross is not None or not all(_is_plain(cache) for cache in caches):
         return None
-    aligned = {"position_ids", *branches[0].batch.aligned}
+    aligned = {POSITIONS, *(name for one in branches for name in one.batch.aligned)}
     images = {name for one in branches for name in one.batch.extra}
     known = {
         "past_key_values",
@@ -175,7 +175,7 @@ def _merge(branches: Sequence[Branch]) -> dict[str, Any] | None:
         others = {name: value for name, value in one.inputs.items() if name not in known}
         along.append({name: value for name, value in others.items() if name in aligned and value is not None})
         rest.append({name: value for name, value in others.items() if name not in along[-1]})
-    if family.kept and "position_ids" not in along[0]:
+    if family.kept and POSITIONS not in along[0]:
         return None  # the model counts positions by what it keeps of one run
     if not all(isinstance(value, bool | int | float | str | None) for values in rest for value in values.values()):
         return None

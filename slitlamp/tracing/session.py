@@ -115,7 +115,8 @@ def session(
 ) -> Iterator[Calls]:
     """Attach recorders and edits to a model for one run.
 
-    Edits act in the order given; a recording at the site of an edit shows the edited values. Edits of attention add up.
+    Features that a batch brings for its image tokens are put in before all edits. Edits act in the order given; a recording at
+    the site of an edit shows the edited values. Edits of attention add up.
 
     Args:
         model: the Hugging Face model. On exit, exceptions included, it has the hooks and attention it had before.
@@ -141,6 +142,8 @@ def session(
             raise InputError(
                 "gradients need one forward pass: vlm.forward(batch) or vlm.forward(generation.teacher_forced())"
             )
+    if batch.features is not None:
+        edits = [_features_of(batch, batch.features), *edits]
     of_states = [edit for edit in edits if isinstance(edit, Edit)]
     of_attention = [edit for edit in edits if isinstance(edit, AttentionEdit)]
     for edit in of_states:
@@ -248,6 +251,15 @@ def session(
     for trace in traces:
         check_finite(trace, trace.nonfinite)
         trace.finish()
+
+
+def _features_of(batch: Batch, features: Tensor) -> Edit:
+    """What puts features that a batch brings, [batch, position, d_model], where its image tokens are."""
+
+    def put(values: Tensor, calls: Calls) -> Tensor:
+        return torch.where(batch.image_mask.to(values.device)[..., None], features.to(values), values)
+
+    return Edit("resid_pre", 0, put, prefill_only=True)
 
 
 def _why_not(edit: Edit, view: View) -> str:
