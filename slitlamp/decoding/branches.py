@@ -156,41 +156,33 @@ def _merge(branches: Sequence[Branch]) -> dict[str, Any] | None:
     The keys and values of shorter branches get padding on the left, which the attention mask hides. The caches of the branches
     are used up: the first one's becomes the cache of all, the others are emptied.
     """
-    family = branches[0].anatomy.family
-    caches = [one.inputs.get("past_key_values") for one in branches]
-    if family.cross is not None or not all(_is_plain(cache) for cache in caches):
+    caches: list[Any] = [one.inputs.get("past_key_values") for one in branches]
+    if branches[0].anatomy.family.cross is not None or not all(_is_plain(cache) for cache in caches):
         return None
     aligned = {POSITIONS, *(name for one in branches for name in one.batch.aligned)}
     images = {name for one in branches for name in one.batch.extra}
-    known = {
-        "past_key_values",
-        "attention_mask",
-        "inputs_embeds",
-        "mm_encoder_outputs",
-        *images,
-    }  # put together, or used up
+    prompts = {"inputs_embeds", "mm_encoder_outputs", *images}  # used up
+    known = {"past_key_values", "attention_mask", *prompts}
     along: list[dict[str, Tensor]] = []
     rest: list[dict[str, Any]] = []
     for one in branches:
-        others = {name: value for name, value in one.inputs.items() if name not in known}
-        along.append({name: value for name, value in others.items() if name in aligned and value is not None})
-        rest.append({name: value for name, value in others.items() if name not in along[-1]})
-    if family.kept and POSITIONS not in along[0]:
-        return None  # the model counts positions by what it keeps of one run
+        found = {name: value for name, value in one.inputs.items() if name not in known}
+        along.append({name: value for name, value in found.items() if name in aligned and value is not None})
+        rest.append({name: value for name, value in found.items() if name not in along[-1]})
+    if POSITIONS not in along[0]:
+        return None  # the model counts by itself, and would count the padding, or by what it keeps of one run
     if not all(isinstance(value, bool | int | float | str | None) for values in rest for value in values.values()):
         return None
     if any(one != rest[0] for one in rest) or any(one.keys() != along[0].keys() for one in along):
         return None
     mask = _padding_mask(branches, caches)
-    first, *others_ = caches
-    for place, layer in enumerate(first.layers):
-        layers = [layer, *(cache.layers[place] for cache in others_)]
-        layer.keys = _stacked([one.keys for one in layers])
-        layer.values = _stacked([one.values for one in layers])
-        for one in layers[1:]:
+    for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
+        layer.keys = _stacked([layer.keys, *(one.keys for one in others)])
+        layer.values = _stacked([layer.values, *(one.values for one in others)])
+        for one in others:
             one.reset()
     last = {name: torch.cat([one[name][..., -1:] for one in along], dim=-2) for name in along[0]}
-    return {**rest[0], **last, "past_key_values": first, "attention_mask": mask}
+    return {**rest[0], **last, "past_key_values": caches[0], "attention_mask": mask}
 
 
 def _is_plain(cache: Any) -> bool:

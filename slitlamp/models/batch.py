@@ -203,7 +203,13 @@ class Batch:
                 values[row, end:] = values[row, end - 1].clone() if isinstance(fill, str) else fill
                 if fill == "next":
                     values[row, end:] += torch.arange(1, len(more) + 1, device=values.device)
-        found = {"input_ids": ids, "attention_mask": mask, "image_mask": image, "aligned": aligned, "features": features}
+        found = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "image_mask": image,
+            "aligned": aligned,
+            "features": features,
+        }
         return replace(self, **{**found, **changes})
 
     def _positions(self, mask: Tensor) -> list[Tensor]:
