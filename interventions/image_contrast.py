@@ -31,7 +31,8 @@ class ImageContrast(ContrastDecoding):
 
     l* = (1 + alpha) l(image) - alpha l(view), on logits, then APC. VCD: the view is the image under the noise of a diffusion
     model. VDD: no image ("deleted"), or its embeddings replaced ("zero", "mean"). Published with sampling at temperature 1;
-    compare with greedy decoding as well. The cost is one more forward pass per step.
+    compare with greedy decoding as well. The cost is one more pass over the prompt, and twice
+    the rows in every step.
 
     Attributes:
         alpha: strength; 0 contrasts nothing (greedy decoding is then the plain one, since APC keeps the most probable token);

@@ -24,7 +24,8 @@ class ImageFreeGuidance(ContrastDecoding):
 
     l* = l' + s (l - l'), with l' that of the image-free view: classifier-free guidance. LACING's IFG is on logits, without APC,
     s from 1 to 3; its image-free prompt is trained, in place of which stand the embeddings' mean or zero. PAI's output step is
-    `ImageFreeGuidance(1.1, view="deleted", space="log-probs", beta=0.1)`. The cost is one more forward pass per step.
+    `ImageFreeGuidance(1.1, view="deleted", space="log-probs", beta=0.1)`. The cost is one more pass
+    over the prompt, and twice the rows in every step.
 
     Attributes:
         scale: s; 1 changes nothing. 1.5, within the range of the paper, is our default [?].
