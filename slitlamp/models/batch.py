@@ -14,7 +14,6 @@ from torch import Tensor
 from slitlamp.errors import InputError
 from slitlamp.models.patches import Patches
 
-
 POSITIONS = "position_ids"
 """The input of the model that numbers its positions, where a batch brings one: 0-based, by row, 0 at padding."""
 

@@ -14,17 +14,22 @@ import torch
 from interventions import (
     M3ID,
     ActivationAddition,
+    ClsPruning,
     CutAttention,
+    FastVPruning,
+    FocalPruning,
     HeadAblation,
     HeadReinforcement,
     ImageAttentionBoost,
     ImageContrast,
     ImageFreeGuidance,
+    ImageTokenAblation,
     InformedTokenBoost,
     OutlierContrast,
     ProjectionAblation,
     SkipPerceptual,
     SubnetMask,
+    TokenMerging,
 )
 from slitlamp.decoding import Intervention
 from slitlamp.models import Batch
@@ -100,6 +105,17 @@ CASES: dict[str, tuple[Make, float, float]] = {
     ),
     "OutlierContrast": (lambda a: OutlierContrast(alpha=a, top_k=3), 0.0, 2.0),
     "OutlierContrast as released": (lambda a: OutlierContrast(alpha=a, top_k=3, variant="as_released"), 0.0, 2.0),
+    "ClsPruning": (lambda keep: ClsPruning(keep), 1.0, 0.25),
+    "ClsPruning original": (lambda keep: ClsPruning(keep, positions="original"), 1.0, 0.25),
+    "ClsPruning random": (lambda keep: ClsPruning(keep, select="random"), 1.0, 0.25),
+    "FocalPruning": (lambda keep: FocalPruning(keep), 1.0, 0.25),
+    "FocalPruning row": (lambda keep: FocalPruning(keep, unit="row", attention="received"), 1.0, 0.5),
+    "TokenMerging": (lambda keep: TokenMerging(keep), 1.0, 0.25),
+    "TokenMerging original": (lambda keep: TokenMerging(keep, positions="original", select="random"), 1.0, 0.25),
+    "ImageTokenAblation": (lambda share: ImageTokenAblation(share), 0.0, 0.75),
+    "ImageTokenAblation zero": (lambda share: ImageTokenAblation(share, value="zero", select="least"), 0.0, 0.75),
+    "FastVPruning": (lambda keep: FastVPruning(keep, layer=1), 1.0, 0.25),
+    "FastVPruning random": (lambda keep: FastVPruning(keep, layer=1, select="random"), 1.0, 0.1),
     "OutlierContrast random": (lambda a: OutlierContrast(alpha=a, top_k=3, select="random"), 0.0, 2.0),
 }
 
