@@ -165,12 +165,17 @@ def test_decoding_under_every_method_beside_the_plain_run(benchmark, setup):
         assert len(one.rounds) == 5
         assert all(0 < times.later < times.whole for pair in one.rounds for times in pair)
         assert {times for times, _ in one.rounds} == {times for times, _ in outcomes[0].rounds}  # the plain runs
-    # 23 positions before the last; of 16 image tokens, those of the one block between the first and the last skip its MLP
     mlp, attention, score = 2 * 3 * WIDTH * 48, 2 * 4 * WIDTH * WIDTH, 2 * 2 * WIDTH
-    n_tokens = 24 + 2
-    whole = LAYERS * (n_tokens * (mlp + attention) + score * n_tokens * (n_tokens + 1) // 2)
+
+    def block(n_tokens):
+        return n_tokens * (mlp + attention) + score * n_tokens * (n_tokens + 1) // 2
+
+    # 24 positions and 2 tokens fed back; 16 image tokens skip the MLP of one block of three, or 12 of them are pruned from all
     saved = {one.method: one.saved for one in outcomes if one.saved is not None}
-    assert saved == {"skip": pytest.approx(16 * mlp / whole)}
+    assert saved == {
+        "skip": pytest.approx(16 * mlp / (LAYERS * block(26))),
+        "prune": pytest.approx(1 - block(14) / block(26)),
+    }
     page = module.markdown(outcomes, {"date": "today"})
     assert all(f"| {module.METHODS[name].title} | 2 | 3 |" in page for name in names)
     assert len(module.rows(outcomes)) == 5 * len(names)
