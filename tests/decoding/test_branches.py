@@ -19,7 +19,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from untouched import snapshot
 
 import slitlamp
-from interventions import OutlierContrast, SkipPerceptual
+from interventions import ClsPruning, OutlierContrast, SkipPerceptual
 from slitlamp.decoding import Generation, image_free
 from slitlamp.decoding.edits import replace_tokens, scale_heads
 from slitlamp.errors import UnsupportedError
@@ -72,16 +72,19 @@ def run(vlm: VLM, batch: Batch, seen: Seen, *others: Any, one_by_one: bool = Fal
 
 
 def both_ways(vlm: VLM, batch: Batch, *others: Any, **options: Any) -> tuple[Generation, torch.Tensor]:
-    """A generation at once, once its scores [batch, step, vocab] and its tokens are those of the branches one by one."""
+    """A generation at once, once its scores [batch, step, vocab] and its tokens are those of the branches one by one. What
+    other interventions run beforehand is not counted.
+    """
     n_branches = 1 + len(others[-1].make)
     at_once, one_by_one = Seen(), Seen()
     with counted(vlm) as rows:
         generation = run(vlm, batch, at_once, *others, **options)
     steps = len(at_once.scores)
-    assert rows == [batch.size] * n_branches + [batch.size * n_branches] * (steps - 1)
+    wanted_rows = [batch.size] * n_branches + [batch.size * n_branches] * (steps - 1)
+    assert rows[-len(wanted_rows) :] == wanted_rows
     with counted(vlm) as rows:
         separate = run(vlm, batch, one_by_one, *others, one_by_one=True, **options)
-    assert rows == [batch.size] * n_branches * steps
+    assert rows[-n_branches * steps :] == [batch.size] * n_branches * steps
     assert generation.tokens == separate.tokens
     found, wanted = (torch.stack(one.scores, dim=1) for one in (at_once, one_by_one))
     torch.testing.assert_close(found, wanted, rtol=0, atol=ROUNDING)
@@ -144,6 +147,15 @@ def test_a_view_of_some_tokens_alone(organism: VLM, batch: Batch) -> None:
     assert rows[-5:] == [6] * 5
     run(organism, batch, one_by_one, OutlierContrast(alpha=1.0), one_by_one=True, max_new_tokens=6, eos_token_id=[])
     torch.testing.assert_close(torch.stack(at_once.scores), torch.stack(one_by_one.scores), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+def test_a_batch_that_brings_features_and_positions(positions: Any, organism: VLM, batch: Batch) -> None:
+    """Pruning, after which the clean branch is shorter than a view of the whole image; its last position is where it was."""
+    prune = ClsPruning(keep=0.3, positions=positions)
+    at_once = both_ways(organism, batch, prune, Against(make=(noise, image_free)), max_new_tokens=6, eos_token_id=[])[1]
+    whole = both_ways(organism, batch, Against(make=(noise, image_free)), max_new_tokens=6, eos_token_id=[])[1]
+    assert float((at_once - whole).abs().max()) > 1e-2
 
 
 def test_bfloat16_runs_at_once(organism: VLM, batch: Batch) -> None:
