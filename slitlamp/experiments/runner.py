@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -266,7 +266,7 @@ class Runner:
             }
             names = [one.name for one in plan.conditions]
             pairs = {one.name: one.pair_of for one in plan.conditions if one.pair_of is not None}
-            tables = {"condition_info": condition_table(plan.conditions)}
+            tables = {"condition_info": condition_table(plan.conditions), "token_counts": _token_counts(predictions)}
             tables |= score(plan.datasets, names, plan.comparisons, predictions, pairs, **bootstrap)
             tables |= verdict_tables(tables)
             if plan.experiment.pairs:
@@ -351,6 +351,15 @@ def _prediction_rows(unit: Unit, data: Dataset, items: Sequence[Item], generatio
             strict=True,
         )
     ]
+
+
+def _token_counts(predictions: Mapping[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
+    """Per condition and data set, means over items: image tokens that the language model was given, and tokens generated."""
+    rows = [
+        (condition, dataset, len(frame), float(frame["n_image"].mean()), float(frame["n_tokens"].mean()))
+        for (condition, dataset), frame in predictions.items()
+    ]
+    return pd.DataFrame(rows, columns=["condition", "dataset", "n_items", "image_tokens", "new_tokens"])
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:

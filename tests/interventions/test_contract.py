@@ -216,3 +216,23 @@ def test_bfloat16_runs(case: tuple[Make, float, float], llava: VLM, image: Any) 
         left_out = logits.isneginf() if make(strong).kind == "logits" else torch.zeros_like(logits, dtype=torch.bool)
         assert torch.isfinite(logits[~left_out]).all()
         assert not left_out.all(dim=-1).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_gives_what_it_gives_on_the_cpu(
+    case: tuple[Make, float, float], llava: VLM, batch: Batch, image: Any
+) -> None:
+    make, neutral, strong = case
+    there = VLM.wrap(copy.deepcopy(llava.model).to("cuda"), llava.processor)
+    moved = batch.to("cuda")
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with llava.apply(make(strong)):
+        wanted = llava.forward(batch).logits[:, -1]
+    with there.apply(make(strong)):
+        found = there.forward(moved).logits[:, -1].cpu()
+        assert len(there.generate(moved, max_new_tokens=4).texts) == 3
+    assert torch.allclose(found, wanted, atol=1e-3)  # float32, logits of order 1
+    baseline = there.generate(moved, max_new_tokens=6)
+    with there.apply(make(neutral)):
+        assert there.generate(moved, max_new_tokens=6).tokens == baseline.tokens
