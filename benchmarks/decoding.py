@@ -376,7 +376,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--budget", type=float, default=90.0, help="seconds of timing per batch, beyond five rounds")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of timing per batch, beyond five rounds")
     parser.add_argument("--rounds", type=int, default=40, help="most rounds per batch")
     parser.add_argument("--output", type=Path, help="folder of the results; of a whole run benchmarks/results")
     parser.add_argument("--worker", nargs=3, metavar=("METHOD", "ROWS", "TOKENS"), help=argparse.SUPPRESS)
