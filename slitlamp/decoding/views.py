@@ -21,7 +21,7 @@ from slitlamp.tracing.call import Calls
 from slitlamp.tracing.session import Edit
 
 ImageFree = Literal["deleted", "unk", "zero", "mean", "noise", Shade]
-IMAGE_FREE: tuple[str, ...] = tuple(name for one in get_args(ImageFree) for name in (get_args(one) or (one,)))
+IMAGE_FREE: tuple[str, ...] = get_args(ImageFree)
 
 
 def check_image_free(how: str) -> None:

@@ -91,6 +91,10 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "ImageContrast": (lambda a: ImageContrast(alpha=a), 0.0, 2.0),
     "ImageContrast deleted": (lambda a: ImageContrast(alpha=a, view="deleted"), 0.0, 2.0),
     "ImageContrast zero": (lambda a: ImageContrast(alpha=a, view="zero", beta=0.5), 0.0, 2.0),
+    "ImageContrast unk": (lambda a: ImageContrast(alpha=a, view="unk"), 0.0, 2.0),
+    "ImageContrast both": (lambda a: ImageContrast(alpha=a, view="both"), 0.0, 2.0),
+    "ImageContrast white": (lambda a: ImageContrast(alpha=a, view="white"), 0.0, 2.0),
+    "ImageContrast blocked": (lambda a: ImageContrast(alpha=a, view="blocked", rho=0.8), 0.0, 2.0),
     "M3ID": (lambda a: M3ID(decay=a, offset=5), 0.0, 0.2),
     "ImageFreeGuidance": (lambda a: ImageFreeGuidance(scale=a), 1.0, 3.0),
     "ImageFreeGuidance PAI": (
@@ -98,6 +102,7 @@ CASES: dict[str, tuple[Make, float, float]] = {
         1.0,
         3.0,
     ),
+    "ImageFreeGuidance soft": (lambda a: ImageFreeGuidance(scale=a, view="soft", prompt=[VECTOR] * 3), 1.0, 3.0),
     "OutlierContrast": (lambda a: OutlierContrast(alpha=a, top_k=3), 0.0, 2.0),
     "OutlierContrast as released": (lambda a: OutlierContrast(alpha=a, top_k=3, variant="as_released"), 0.0, 2.0),
     "OutlierContrast random": (lambda a: OutlierContrast(alpha=a, top_k=3, select="random"), 0.0, 2.0),
