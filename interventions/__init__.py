@@ -9,7 +9,9 @@ from interventions.image_contrast import ImageContrast
 from interventions.image_free_guidance import ImageFreeGuidance
 from interventions.informed_token_boost import InformedTokenBoost
 from interventions.m3id import M3ID
+from interventions.masked_image_fusion import MaskedImageFusion
 from interventions.outlier_contrast import OutlierContrast
+from interventions.posthoc_debias import PosthocDebias
 from interventions.projection_ablation import ProjectionAblation
 from interventions.skip_perceptual import SkipPerceptual
 from interventions.subnet_mask import SubnetMask
@@ -24,7 +26,9 @@ __all__ = [
     "ImageContrast",
     "ImageFreeGuidance",
     "InformedTokenBoost",
+    "MaskedImageFusion",
     "OutlierContrast",
+    "PosthocDebias",
     "ProjectionAblation",
     "SkipPerceptual",
     "SubnetMask",

@@ -58,23 +58,30 @@ class ImageFreeGuidance(ContrastDecoding):
             raise InputError(f"{self.name}: scale must be 0 or more, found {self.scale!r}")
         if self.view not in ("soft", *IMAGE_FREE):
             raise unknown(f"{self.name} view", str(self.view), ("soft", *IMAGE_FREE))
-        if (self.view == "soft") != (self.prompt is not None):
-            raise InputError(f"{self.name}: view='soft' and a prompt go together, found view={self.view!r}")
-        if self.prompt is not None:
-            embeddings(self.prompt, self.key, anatomy.d_model, self.name)
+        if self.view == "soft":
+            self._embeddings(anatomy)
             if anatomy.family.cross is not None:
                 raise UnsupportedError(
                     f"{self.name}: {anatomy.family.name} reads the image by cross-attention; it has no image embeddings that a "
                     "soft prompt could replace"
                 )
+        elif self.prompt is not None:
+            raise InputError(f"{self.name}: a prompt goes with view='soft', found view={self.view!r}")
         if self.space not in SPACES:
             raise unknown(f"{self.name} space", str(self.space), SPACES)
 
     def views(self, run: RunContext) -> Sequence[ContrastView]:
         """The batch without its image."""
-        if self.prompt is not None:
-            return [soft_prompt(run.batch, embeddings(self.prompt, self.key, run.anatomy.d_model, self.name))]
+        if self.view == "soft":
+            return [soft_prompt(run.batch, self._embeddings(run.anatomy))]
         return [image_free(run.batch, self.view, self.seed)]
+
+    def _embeddings(self, anatomy: Anatomy) -> Tensor:
+        if self.prompt is None:
+            raise InputError(
+                f"{self.name}: view='soft' needs a prompt: numbers [token, d_model], or a safetensors file"
+            )
+        return embeddings(self.prompt, self.key, anatomy.d_model, self.name)
 
     def combine(self, clean: Tensor, contrasts: Sequence[Tensor], step: Tensor) -> Tensor:
         """s l + (1 - s) l'; of log-probabilities on the scale of the clean logits, l + (s - 1) (lp - lp')."""

@@ -21,7 +21,9 @@ from interventions import (
     ImageContrast,
     ImageFreeGuidance,
     InformedTokenBoost,
+    MaskedImageFusion,
     OutlierContrast,
+    PosthocDebias,
     ProjectionAblation,
     SkipPerceptual,
     SubnetMask,
@@ -106,6 +108,11 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "OutlierContrast": (lambda a: OutlierContrast(alpha=a, top_k=3), 0.0, 2.0),
     "OutlierContrast as released": (lambda a: OutlierContrast(alpha=a, top_k=3, variant="as_released"), 0.0, 2.0),
     "OutlierContrast random": (lambda a: OutlierContrast(alpha=a, top_k=3, select="random"), 0.0, 2.0),
+    "PosthocDebias": (lambda s: PosthocDebias(s), 0.0, 1.0),
+    "PosthocDebias shift": (lambda s: PosthocDebias(s, ["yes", "no", "red"], "shift", "both"), 0.0, 1.0),
+    "PosthocDebias prior": (lambda s: PosthocDebias(s, ["dog", "cat"], prior=[0.9, 0.1]), 0.0, 1.0),
+    "MaskedImageFusion": (lambda a: MaskedImageFusion(alpha=a, keep=0.4), 0.0, 2.0),
+    "MaskedImageFusion random": (lambda a: MaskedImageFusion(alpha=a, keep=0.5, relevance="random"), 0.0, 2.0),
 }
 
 
