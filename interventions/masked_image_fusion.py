@@ -91,9 +91,8 @@ class MaskedImageFusion(ContrastDecoding):
 
     def describe(self) -> str:
         """What this does, in a few plain words."""
-        if self.keep == 1:
-            what = "the image as it is"
-        else:
-            what = f"the {self.keep:.0%} of the image that {RELEVANCE[self.relevance]}"
-        where = "" if self.layer is None or self.relevance == "random" else f" in layer {self.layer}"
-        return f"fusion with {what}{where}, alpha {self.alpha:g}, beta {self.beta:g}; no matching model"
+        what = "the image as it is"
+        if self.keep < 1:
+            where = "" if self.layer is None or self.relevance == "random" else f" in layer {self.layer}"
+            what = f"the {self.keep:.0%} of the image that {RELEVANCE[self.relevance]}{where}"
+        return f"fusion with {what}, alpha {self.alpha:g}, beta {self.beta:g}; no matching model"
