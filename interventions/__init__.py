@@ -1,6 +1,7 @@
 """What you change: one file per method."""
 
 from interventions.activation_addition import ActivationAddition
+from interventions.causal_contrast import CausalContrast
 from interventions.cut_attention import CutAttention
 from interventions.head_ablation import HeadAblation
 from interventions.head_reinforcement import HeadReinforcement
@@ -19,6 +20,7 @@ from interventions.subnet_mask import SubnetMask
 __all__ = [
     "M3ID",
     "ActivationAddition",
+    "CausalContrast",
     "CutAttention",
     "HeadAblation",
     "HeadReinforcement",

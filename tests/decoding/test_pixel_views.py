@@ -1,5 +1,6 @@
 """Versions of a batch with other pixels, against the processors and against what a map says pixel by pixel."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -61,8 +62,6 @@ def test_channels_have_their_own_shades(build_llava, image):
 
 
 def test_unknown_shades_and_batches_without_any_are_refused(llava, image):
-    import dataclasses
-
     batch = encoded(llava, [image(0)])
     with pytest.raises(UnknownNameError, match="unknown shade 'gray'; did you mean 'grey'"):
         of_shade(batch, "gray")

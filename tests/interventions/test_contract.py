@@ -14,6 +14,7 @@ import torch
 from interventions import (
     M3ID,
     ActivationAddition,
+    CausalContrast,
     CutAttention,
     HeadAblation,
     HeadReinforcement,
@@ -108,6 +109,10 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "OutlierContrast": (lambda a: OutlierContrast(alpha=a, top_k=3), 0.0, 2.0),
     "OutlierContrast as released": (lambda a: OutlierContrast(alpha=a, top_k=3, variant="as_released"), 0.0, 2.0),
     "OutlierContrast random": (lambda a: OutlierContrast(alpha=a, top_k=3, select="random"), 0.0, 2.0),
+    "CausalContrast": (lambda g: CausalContrast(g), 0.0, 1.0),
+    "CausalContrast vision": (lambda g: CausalContrast(g, "vision", "random"), 0.0, 2.0),
+    "CausalContrast language": (lambda g: CausalContrast(g, "language", "reversed", [0, 2]), 0.0, 2.0),
+    "CausalContrast uniform": (lambda g: CausalContrast(g, counterfactual="uniform"), 0.0, 1.0),
     "PosthocDebias": (lambda s: PosthocDebias(s), 0.0, 1.0),
     "PosthocDebias shift": (lambda s: PosthocDebias(s, ["yes", "no", "red"], "shift", "both"), 0.0, 1.0),
     "PosthocDebias prior": (lambda s: PosthocDebias(s, ["dog", "cat"], prior=[0.9, 0.1]), 0.0, 1.0),
