@@ -2,12 +2,16 @@
 
 from interventions.activation_addition import ActivationAddition
 from interventions.causal_contrast import CausalContrast
+from interventions.cls_pruning import ClsPruning
 from interventions.cut_attention import CutAttention
+from interventions.fastv_pruning import FastVPruning
+from interventions.focal_pruning import FocalPruning
 from interventions.head_ablation import HeadAblation
 from interventions.head_reinforcement import HeadReinforcement
 from interventions.image_attention_boost import ImageAttentionBoost
 from interventions.image_contrast import ImageContrast
 from interventions.image_free_guidance import ImageFreeGuidance
+from interventions.image_token_ablation import ImageTokenAblation
 from interventions.informed_token_boost import InformedTokenBoost
 from interventions.m3id import M3ID
 from interventions.masked_image_fusion import MaskedImageFusion
@@ -16,17 +20,22 @@ from interventions.posthoc_debias import PosthocDebias
 from interventions.projection_ablation import ProjectionAblation
 from interventions.skip_perceptual import SkipPerceptual
 from interventions.subnet_mask import SubnetMask
+from interventions.token_merging import TokenMerging
 
 __all__ = [
     "M3ID",
     "ActivationAddition",
     "CausalContrast",
+    "ClsPruning",
     "CutAttention",
+    "FastVPruning",
+    "FocalPruning",
     "HeadAblation",
     "HeadReinforcement",
     "ImageAttentionBoost",
     "ImageContrast",
     "ImageFreeGuidance",
+    "ImageTokenAblation",
     "InformedTokenBoost",
     "MaskedImageFusion",
     "OutlierContrast",
@@ -34,4 +43,5 @@ __all__ = [
     "ProjectionAblation",
     "SkipPerceptual",
     "SubnetMask",
+    "TokenMerging",
 ]

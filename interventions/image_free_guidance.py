@@ -73,7 +73,7 @@ class ImageFreeGuidance(ContrastDecoding):
     def views(self, run: RunContext) -> Sequence[ContrastView]:
         """The batch without its image."""
         if self.view == "soft":
-            return [soft_prompt(run.batch, self._embeddings(run.anatomy))]
+            return [(soft_prompt(run.batch, self._embeddings(run.anatomy)), ())]
         return [image_free(run.batch, self.view, self.seed)]
 
     def _embeddings(self, anatomy: Anatomy) -> Tensor:

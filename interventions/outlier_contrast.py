@@ -116,7 +116,7 @@ class OutlierContrast(ContrastDecoding):
             tokens = placed.token[self._chosen(values)]
             chosen.append(tokens if released else tokens.sort().values)
         self.tokens_ = tuple(chosen)
-        return [only_tokens(run.batch, chosen, trace["embedded"][0])]
+        return [(only_tokens(run.batch, chosen, trace["embedded"][0]), ())]
 
     def _attention(self, layer: int) -> Site:
         queries: Literal["cls", "patches"] = "cls" if self.encoder_attention == "cls" else "patches"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol
 
+from torch import Tensor
+
 from slitlamp.errors import InputError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
@@ -37,12 +39,21 @@ class RunContext:
         anatomy: the model's anatomy.
         trace: (batch, sites, edits, gradient_of=None) -> recordings of an extra forward pass with only those edits.
         source: the model itself, for interventions that read its weights. Nothing may be written into it.
+        given: the batch as it was given, where edits of image tokens have changed it; None where none have.
+        kept: per row, int64 [image token]: which of the image tokens of `given` each of the batch's is; None where it has all.
     """
 
     batch: Batch
     anatomy: Anatomy
     trace: ExtraPass
     source: Source
+    given: Batch | None = None
+    kept: tuple[Tensor, ...] | None = None
+
+    @property
+    def whole(self) -> Batch:
+        """The batch with all its image tokens and their pixels."""
+        return self.batch if self.given is None else self.given
 
 
 class Intervention(ABC):

@@ -192,7 +192,7 @@ def check_diffusion_step(step: int) -> None:
         raise InputError(f"a diffusion step must be one of 0 to {DIFFUSION_STEPS - 1}, found {step!r}")
 
 
-def only_tokens(batch: Batch, chosen: Sequence[Tensor], embedded: Tensor) -> tuple[Batch, list[Edit]]:
+def only_tokens(batch: Batch, chosen: Sequence[Tensor], embedded: Tensor) -> Batch:
     """A batch with some image tokens alone: the others are taken out, so that rows get shorter and positions shift.
 
     The features of the kept tokens are put in at the input of the first block; no pixels are left. Where the model gives
@@ -204,9 +204,6 @@ def only_tokens(batch: Batch, chosen: Sequence[Tensor], embedded: Tensor) -> tup
             are to stand; they stand where, in the prompt's order, the kept ones stood.
         embedded: [batch, image token, d_model], the inputs of the first block at image tokens: `resid_pre` of layer 0.
 
-    Returns:
-        The batch to run, and the edits to run it with.
-
     Raises:
         InputError: a row without an image.
         UnsupportedError: a family that reads the image elsewhere than at the input of the first block: by cross-attention, or
@@ -216,21 +213,11 @@ def only_tokens(batch: Batch, chosen: Sequence[Tensor], embedded: Tensor) -> tup
     if batch.cross_mask is not None or batch.deepstack_layers:
         how = "by cross-attention" if batch.cross_mask is not None else "in several layers (DeepStack)"
         raise UnsupportedError(f"this family reads the image {how}: it cannot be given some image tokens alone")
-    shorter = batch.with_image_tokens(chosen)
-    mask = shorter.image_mask
-    features = embedded.new_zeros(*mask.shape, embedded.shape[-1])
-    for row, numbers in enumerate(chosen):
-        features[row, mask[row].to(embedded.device)] = embedded[row, numbers.to(embedded.device)]
-
-    def put(values: Tensor, calls: Calls) -> Tensor:
-        if not calls.is_prefill:
-            return values
-        return torch.where(mask.to(values.device)[..., None], features.to(values), values)
-
-    return shorter, [Edit("resid_pre", 0, put)]
+    features = [embedded[row, numbers.to(embedded.device)] for row, numbers in enumerate(chosen)]
+    return batch.with_image_tokens(chosen, features)
 
 
-def soft_prompt(batch: Batch, embeddings: Tensor) -> tuple[Batch, list[Edit]]:
+def soft_prompt(batch: Batch, embeddings: Tensor) -> Batch:
     """A batch with given embeddings in the place of each image (the soft image prompt of LACING, arXiv 2411.12591).
 
     Rows change their length where the image had another number of tokens, and positions shift; no pixels are left. Where the
@@ -239,9 +226,6 @@ def soft_prompt(batch: Batch, embeddings: Tensor) -> tuple[Batch, list[Edit]]:
     Args:
         batch: rows with images.
         embeddings: [token, d_model], inputs of the first block (`resid_pre` of layer 0).
-
-    Returns:
-        The batch to run, and the edits to run it with.
 
     Raises:
         InputError: a row without an image.
@@ -253,17 +237,8 @@ def soft_prompt(batch: Batch, embeddings: Tensor) -> tuple[Batch, list[Edit]]:
             "this family reads the image by cross-attention: it has no image embeddings for a soft prompt to replace"
         )
     slots = batch.with_image_slots(len(embeddings))
-    mask = slots.image_mask
-
-    def put(values: Tensor, calls: Calls) -> Tensor:
-        if not calls.is_prefill:
-            return values
-        changed = values.clone()
-        at = mask.to(values.device)
-        changed[at] = embeddings.to(values).repeat(int(at.sum()) // len(embeddings), 1)
-        return changed
-
-    return slots, [Edit("resid_pre", 0, put)]
+    n_images = (slots.image_mask.sum(dim=1) // len(embeddings)).tolist()
+    return slots.with_features([embeddings.repeat(n, 1) for n in n_images])
 
 
 def blocked(batch: Batch, anatomy: Anatomy, rho: float = 0.99, seed: int = 0) -> tuple[Batch, list[AttentionEdit]]:

@@ -107,8 +107,8 @@ def session(
 ) -> Iterator[Calls]:
     """Attach recorders and edits to a model for one run.
 
-    Edits act in the order given; a recording at the site of an edit shows the edited values. Edits of attention before the
-    softmax add up, and act before those after it.
+    Features that a batch brings for its image tokens are put in before all edits. Edits act in the order given; a recording at
+    the site of an edit shows the edited values. Edits of attention before the softmax add up, and act before those after it.
 
     Args:
         model: the Hugging Face model. On exit, exceptions included, it has the hooks and attention it had before.
@@ -134,6 +134,8 @@ def session(
             raise InputError(
                 "gradients need one forward pass: vlm.forward(batch) or vlm.forward(generation.teacher_forced())"
             )
+    if batch.features is not None:
+        edits = [_features_of(batch, batch.features), *edits]
     of_states = [edit for edit in edits if isinstance(edit, Edit)]
     of_attention = [edit for edit in edits if isinstance(edit, AttentionEdit)]
     of_weights = [edit for edit in edits if isinstance(edit, WeightsEdit)]
@@ -256,6 +258,17 @@ def _editors(
         module: Editor(masks, calls, WeightsEditor(weights, calls) if weights else None)
         for module, (masks, weights) in by_module.items()
     }
+
+
+def _features_of(batch: Batch, features: Tensor) -> Edit:
+    """What puts features that a batch brings, [batch, position, d_model], where its image tokens are."""
+
+    def put(values: Tensor, calls: Calls) -> Tensor:
+        if not calls.is_prefill:
+            return values
+        return torch.where(batch.image_mask.to(values.device)[..., None], features.to(values), values)
+
+    return Edit("resid_pre", 0, put)
 
 
 def _why_not(edit: Edit, view: View) -> str:

@@ -229,8 +229,8 @@ def test_all_image_tokens_in_their_order_are_the_image(name, image):
     else:
         wanted = vlm.forward(batch).logits
     every = [torch.arange(int(row.sum())) for row in batch.image_mask]
-    whole, edits = only_tokens(batch, every, embedded(vlm, batch))
-    torch.testing.assert_close(vlm.forward(whole, edits=edits).logits, wanted, rtol=0, atol=1e-5)
+    whole = only_tokens(batch, every, embedded(vlm, batch))
+    torch.testing.assert_close(vlm.forward(whole).logits, wanted, rtol=0, atol=1e-5)
 
 
 def test_only_some_tokens_are_the_prompt_with_these_alone(llava, image):
@@ -238,8 +238,8 @@ def test_only_some_tokens_are_the_prompt_with_these_alone(llava, image):
     batch = pair(llava, image, (0, 1, 2))
     features = embedded(llava, batch)
     chosen = [torch.tensor([20, 3, 17]), torch.tensor([5])]
-    shorter, edits = only_tokens(batch, chosen, features)
-    logits = llava.forward(shorter, edits=edits).logits
+    shorter = only_tokens(batch, chosen, features)
+    logits = llava.forward(shorter).logits
     assert shorter.image_mask.sum(dim=1).tolist() == [3, 1]
     assert shorter.patches[0].table.tolist() == batch.patches[0].table[[20, 3, 17]].tolist()
     assert shorter.n_generated == batch.n_generated
@@ -309,8 +309,8 @@ def test_a_soft_prompt_is_all_that_is_left_of_the_image(name, image):
         return
     plain = trace_of(vlm, batch, [])["resid_pre"][0]
     for embeddings in (soft, soft.repeat(8, 1)):
-        short, edits = soft_prompt(batch, embeddings)
-        after = trace_of(vlm, short, edits)["resid_pre"][0]
+        short = soft_prompt(batch, embeddings)
+        after = trace_of(vlm, short, [])["resid_pre"][0]
         for row in range(2):
             real = batch.image_mask[row][batch.real_mask[row]]
             first = int(real.long().argmax())
@@ -324,8 +324,8 @@ def test_a_soft_prompt_is_all_that_is_left_of_the_image(name, image):
 
 def test_a_soft_prompt_of_the_images_embeddings_is_the_image(llava, image):
     batch = llava.encode([image(0)], ["is <image> there ?"])
-    short, edits = soft_prompt(batch, embedded(llava, batch)[0])
-    torch.testing.assert_close(llava.forward(short, edits=edits).logits, llava.forward(batch).logits, rtol=0, atol=1e-5)
+    short = soft_prompt(batch, embedded(llava, batch)[0])
+    torch.testing.assert_close(llava.forward(short).logits, llava.forward(batch).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -46,6 +46,19 @@ def test_every_experiment_fits_the_embedded_model(
         probe.sites(organism.anatomy)
 
 
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_treatment_is_without_a_control_unless_the_experiment_says_so(path: Path) -> None:
+    made = Experiment.from_config(read_config(path), folders=[FOLDER])
+    if made.controls is False:
+        assert "controls: false" in path.read_text()
+        return
+    conditions = make_conditions(made.conditions, made.controls)
+    controlled = {one.control_of for one in conditions}
+    for one in conditions:
+        if one.role == "treatment" and any(each.controls() for each in one.interventions):
+            assert one.name in controlled
+
+
 def test_the_checkpoints_are_those_that_a_training_leaves() -> None:
     config = TrainingConfig()
     steps = [*config.checkpoint_steps("joint"), config.joint_steps]

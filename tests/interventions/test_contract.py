@@ -15,12 +15,16 @@ from interventions import (
     M3ID,
     ActivationAddition,
     CausalContrast,
+    ClsPruning,
     CutAttention,
+    FastVPruning,
+    FocalPruning,
     HeadAblation,
     HeadReinforcement,
     ImageAttentionBoost,
     ImageContrast,
     ImageFreeGuidance,
+    ImageTokenAblation,
     InformedTokenBoost,
     MaskedImageFusion,
     OutlierContrast,
@@ -28,6 +32,7 @@ from interventions import (
     ProjectionAblation,
     SkipPerceptual,
     SubnetMask,
+    TokenMerging,
 )
 from slitlamp.decoding import Intervention
 from slitlamp.models import Batch
@@ -108,6 +113,17 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "ImageFreeGuidance soft": (lambda a: ImageFreeGuidance(scale=a, view="soft", prompt=[VECTOR] * 3), 1.0, 3.0),
     "OutlierContrast": (lambda a: OutlierContrast(alpha=a, top_k=3), 0.0, 2.0),
     "OutlierContrast as released": (lambda a: OutlierContrast(alpha=a, top_k=3, variant="as_released"), 0.0, 2.0),
+    "ClsPruning": (lambda keep: ClsPruning(keep), 1.0, 0.25),
+    "ClsPruning original": (lambda keep: ClsPruning(keep, positions="original"), 1.0, 0.25),
+    "ClsPruning random": (lambda keep: ClsPruning(keep, select="random"), 1.0, 0.25),
+    "FocalPruning": (lambda keep: FocalPruning(keep), 1.0, 0.25),
+    "FocalPruning row": (lambda keep: FocalPruning(keep, unit="row", attention="received"), 1.0, 0.5),
+    "TokenMerging": (lambda keep: TokenMerging(keep), 1.0, 0.25),
+    "TokenMerging original": (lambda keep: TokenMerging(keep, positions="original", select="random"), 1.0, 0.25),
+    "ImageTokenAblation": (lambda share: ImageTokenAblation(share), 0.0, 0.75),
+    "ImageTokenAblation zero": (lambda share: ImageTokenAblation(share, value="zero", select="least"), 0.0, 0.75),
+    "FastVPruning": (lambda keep: FastVPruning(keep, layer=1), 1.0, 0.25),
+    "FastVPruning random": (lambda keep: FastVPruning(keep, layer=1, select="random"), 1.0, 0.1),
     "OutlierContrast random": (lambda a: OutlierContrast(alpha=a, top_k=3, select="random"), 0.0, 2.0),
     "CausalContrast": (lambda g: CausalContrast(g), 0.0, 1.0),
     "CausalContrast vision": (lambda g: CausalContrast(g, "vision", "random"), 0.0, 2.0),
@@ -217,3 +233,23 @@ def test_bfloat16_runs(case: tuple[Make, float, float], llava: VLM, image: Any) 
         left_out = logits.isneginf() if make(strong).kind == "logits" else torch.zeros_like(logits, dtype=torch.bool)
         assert torch.isfinite(logits[~left_out]).all()
         assert not left_out.all(dim=-1).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_gives_what_it_gives_on_the_cpu(
+    case: tuple[Make, float, float], llava: VLM, batch: Batch, image: Any
+) -> None:
+    make, neutral, strong = case
+    there = VLM.wrap(copy.deepcopy(llava.model).to("cuda"), llava.processor)
+    moved = batch.to("cuda")
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with llava.apply(make(strong)):
+        wanted = llava.forward(batch).logits[:, -1]
+    with there.apply(make(strong)):
+        found = there.forward(moved).logits[:, -1].cpu()
+        assert len(there.generate(moved, max_new_tokens=4).texts) == 3
+    assert torch.allclose(found, wanted, atol=1e-3)  # float32, logits of order 1
+    baseline = there.generate(moved, max_new_tokens=6)
+    with there.apply(make(neutral)):
+        assert there.generate(moved, max_new_tokens=6).tokens == baseline.tokens

@@ -117,7 +117,7 @@ def test_blocked_and_both_and_soft_are_the_views_of_their_names(organism: VLM, b
 
     soft = torch.randn(7, organism.anatomy.d_model, generator=torch.Generator().manual_seed(1))
     save_file({"prompt": soft}, tmp_path / "soft.safetensors")
-    wanted = logits(soft_prompt(batch, soft))
+    wanted = logits((soft_prompt(batch, soft), ()))
     given: list[Path | list[list[float]]] = [tmp_path / "soft.safetensors", soft.tolist()]
     for prompt in given:
         method = ImageFreeGuidance(view="soft", prompt=prompt)
@@ -172,8 +172,8 @@ def test_outliers_are_first_in_the_attention_of_the_layer_that_the_model_reads(o
         with organism.apply(method):
             fused = organism.forward(batch).logits[:, -1]
         assert torch.equal(torch.stack(method.tokens_), expected)
-        view, edits = only_tokens(batch, list(expected), features)
-        clean, without = organism.forward(batch).logits[:, -1], organism.forward(view, edits=edits).logits[:, -1]
+        view = only_tokens(batch, list(expected), features)
+        clean, without = organism.forward(batch).logits[:, -1], organism.forward(view).logits[:, -1]
         kept = fused.isfinite()
         torch.testing.assert_close(fused[kept], (2 * clean - without)[kept], rtol=0, atol=2e-4)
 
