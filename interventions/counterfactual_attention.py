@@ -93,9 +93,8 @@ def counterfactual(weights: Tensor, seen: Tensor, kind: Kind, drawn: Tensor | No
 
 def _shuffled(weights: Tensor, seen: Tensor, drawn: Tensor) -> Tensor:
     """The weights of the keys that are seen, in the order of their draws; the others, which are 0, stay behind."""
-    seen = seen.expand(weights.shape)
     order = drawn.masked_fill(~seen, _MASK + 1).argsort(dim=-1, stable=True)
-    places = (~seen).to(torch.uint8).argsort(dim=-1, stable=True)
+    places = (~seen).to(torch.uint8).argsort(dim=-1, stable=True).expand(weights.shape)
     return torch.zeros_like(weights).scatter(-1, places, weights.gather(-1, order))
 
 

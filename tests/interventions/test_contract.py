@@ -51,6 +51,8 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "HeadReinforcement zero": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="zero"), 1.0, 3.0),
     "HeadReinforcement noise": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="noise"), 1.0, 3.0),
     "HeadReinforcement mean": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="mean"), 1.0, 3.0),
+    "HeadReinforcement unk": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="unk"), 1.0, 3.0),
+    "HeadReinforcement grey": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="grey"), 1.0, 3.0),
     "HeadReinforcement both": (
         lambda a: HeadReinforcement(alpha=a, layers=[0, 1, 2], reinforce_image_free=True),
         1.0,
