@@ -1,6 +1,7 @@
 """What you change: one file per method."""
 
 from interventions.activation_addition import ActivationAddition
+from interventions.causal_contrast import CausalContrast
 from interventions.cls_pruning import ClsPruning
 from interventions.cut_attention import CutAttention
 from interventions.fastv_pruning import FastVPruning
@@ -13,7 +14,9 @@ from interventions.image_free_guidance import ImageFreeGuidance
 from interventions.image_token_ablation import ImageTokenAblation
 from interventions.informed_token_boost import InformedTokenBoost
 from interventions.m3id import M3ID
+from interventions.masked_image_fusion import MaskedImageFusion
 from interventions.outlier_contrast import OutlierContrast
+from interventions.posthoc_debias import PosthocDebias
 from interventions.projection_ablation import ProjectionAblation
 from interventions.skip_perceptual import SkipPerceptual
 from interventions.subnet_mask import SubnetMask
@@ -22,6 +25,7 @@ from interventions.token_merging import TokenMerging
 __all__ = [
     "M3ID",
     "ActivationAddition",
+    "CausalContrast",
     "ClsPruning",
     "CutAttention",
     "FastVPruning",
@@ -33,7 +37,9 @@ __all__ = [
     "ImageFreeGuidance",
     "ImageTokenAblation",
     "InformedTokenBoost",
+    "MaskedImageFusion",
     "OutlierContrast",
+    "PosthocDebias",
     "ProjectionAblation",
     "SkipPerceptual",
     "SubnetMask",

@@ -14,6 +14,7 @@ import torch
 from interventions import (
     M3ID,
     ActivationAddition,
+    CausalContrast,
     ClsPruning,
     CutAttention,
     FastVPruning,
@@ -25,7 +26,9 @@ from interventions import (
     ImageFreeGuidance,
     ImageTokenAblation,
     InformedTokenBoost,
+    MaskedImageFusion,
     OutlierContrast,
+    PosthocDebias,
     ProjectionAblation,
     SkipPerceptual,
     SubnetMask,
@@ -48,6 +51,8 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "HeadReinforcement zero": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="zero"), 1.0, 3.0),
     "HeadReinforcement noise": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="noise"), 1.0, 3.0),
     "HeadReinforcement mean": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="mean"), 1.0, 3.0),
+    "HeadReinforcement unk": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="unk"), 1.0, 3.0),
+    "HeadReinforcement grey": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="grey"), 1.0, 3.0),
     "HeadReinforcement both": (
         lambda a: HeadReinforcement(alpha=a, layers=[0, 1, 2], reinforce_image_free=True),
         1.0,
@@ -96,6 +101,10 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "ImageContrast": (lambda a: ImageContrast(alpha=a), 0.0, 2.0),
     "ImageContrast deleted": (lambda a: ImageContrast(alpha=a, view="deleted"), 0.0, 2.0),
     "ImageContrast zero": (lambda a: ImageContrast(alpha=a, view="zero", beta=0.5), 0.0, 2.0),
+    "ImageContrast unk": (lambda a: ImageContrast(alpha=a, view="unk"), 0.0, 2.0),
+    "ImageContrast both": (lambda a: ImageContrast(alpha=a, view="both"), 0.0, 2.0),
+    "ImageContrast white": (lambda a: ImageContrast(alpha=a, view="white"), 0.0, 2.0),
+    "ImageContrast blocked": (lambda a: ImageContrast(alpha=a, view="blocked", rho=0.8), 0.0, 2.0),
     "M3ID": (lambda a: M3ID(decay=a, offset=5), 0.0, 0.2),
     "ImageFreeGuidance": (lambda a: ImageFreeGuidance(scale=a), 1.0, 3.0),
     "ImageFreeGuidance PAI": (
@@ -103,6 +112,7 @@ CASES: dict[str, tuple[Make, float, float]] = {
         1.0,
         3.0,
     ),
+    "ImageFreeGuidance soft": (lambda a: ImageFreeGuidance(scale=a, view="soft", prompt=[VECTOR] * 3), 1.0, 3.0),
     "OutlierContrast": (lambda a: OutlierContrast(alpha=a, top_k=3), 0.0, 2.0),
     "OutlierContrast as released": (lambda a: OutlierContrast(alpha=a, top_k=3, variant="as_released"), 0.0, 2.0),
     "ClsPruning": (lambda keep: ClsPruning(keep), 1.0, 0.25),
@@ -117,6 +127,15 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "FastVPruning": (lambda keep: FastVPruning(keep, layer=1), 1.0, 0.25),
     "FastVPruning random": (lambda keep: FastVPruning(keep, layer=1, select="random"), 1.0, 0.1),
     "OutlierContrast random": (lambda a: OutlierContrast(alpha=a, top_k=3, select="random"), 0.0, 2.0),
+    "CausalContrast": (lambda g: CausalContrast(g), 0.0, 1.0),
+    "CausalContrast vision": (lambda g: CausalContrast(g, "vision", "random"), 0.0, 2.0),
+    "CausalContrast language": (lambda g: CausalContrast(g, "language", "reversed", [0, 2]), 0.0, 2.0),
+    "CausalContrast uniform": (lambda g: CausalContrast(g, counterfactual="uniform"), 0.0, 1.0),
+    "PosthocDebias": (lambda s: PosthocDebias(s), 0.0, 1.0),
+    "PosthocDebias shift": (lambda s: PosthocDebias(s, ["yes", "no", "red"], "shift", "both"), 0.0, 1.0),
+    "PosthocDebias prior": (lambda s: PosthocDebias(s, ["dog", "cat"], prior=[0.9, 0.1]), 0.0, 1.0),
+    "MaskedImageFusion": (lambda a: MaskedImageFusion(alpha=a, keep=0.4), 0.0, 2.0),
+    "MaskedImageFusion random": (lambda a: MaskedImageFusion(alpha=a, keep=0.5, relevance="random"), 0.0, 2.0),
 }
 
 
