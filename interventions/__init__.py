@@ -2,15 +2,20 @@
 
 from interventions.activation_addition import ActivationAddition
 from interventions.cut_attention import CutAttention
+from interventions.focus_cut import FocusCut
 from interventions.head_ablation import HeadAblation
 from interventions.head_reinforcement import HeadReinforcement
 from interventions.image_attention_boost import ImageAttentionBoost
+from interventions.image_attention_mask import ImageAttentionMask
 from interventions.image_contrast import ImageContrast
 from interventions.image_free_guidance import ImageFreeGuidance
+from interventions.inactive_heads import InactiveHeads
 from interventions.informed_token_boost import InformedTokenBoost
+from interventions.layer_drop import LayerDrop
 from interventions.m3id import M3ID
 from interventions.outlier_contrast import OutlierContrast
 from interventions.projection_ablation import ProjectionAblation
+from interventions.sink_redistribution import SinkRedistribution
 from interventions.skip_perceptual import SkipPerceptual
 from interventions.subnet_mask import SubnetMask
 
@@ -18,14 +23,19 @@ __all__ = [
     "M3ID",
     "ActivationAddition",
     "CutAttention",
+    "FocusCut",
     "HeadAblation",
     "HeadReinforcement",
     "ImageAttentionBoost",
+    "ImageAttentionMask",
     "ImageContrast",
     "ImageFreeGuidance",
+    "InactiveHeads",
     "InformedTokenBoost",
+    "LayerDrop",
     "OutlierContrast",
     "ProjectionAblation",
+    "SinkRedistribution",
     "SkipPerceptual",
     "SubnetMask",
 ]
