@@ -23,14 +23,15 @@ SELECTED = ("last", "first", "random")
 class LayerDrop(Intervention):
     """From a layer on, no token attends to image tokens, in all heads.
 
-    Every position keeps its attention to itself; what image tokens become in these layers reaches no text, so that it does not
-    matter there. The two stages are different interventions: cut before the softmax, a row's other weights grow to add up to 1;
-    zeroed after it, they stay as they are.
+    Every position keeps its attention to itself. The two stages are different interventions. Cut before the softmax, a row's
+    other weights grow to add up to 1, and nothing of the image reaches text in these layers. Zeroed after it, they stay as they
+    are: how little is left still tells how much attention the image drew.
 
     Attributes:
         last: how many of the last layers; 0 changes nothing; None for half of the model (rounded down), as the paper's.
         stage: "pre_softmax" or "post_softmax"; which is the paper's is not settled here [?].
-        select: "last" (the method), or its controls: as many "first" layers, or as many "random" ones drawn among all.
+        select: "last" (the method), or its controls: as many "first" layers, or as many "random" ones drawn among all,
+            but not the last ones themselves.
         seed: of the random layers.
     """
 
@@ -60,12 +61,15 @@ class LayerDrop(Intervention):
         count = len(layers) // 2 if self.last is None else self.last
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= len(layers):
             raise InputError(f"{self.name}: last must be a number of layers from 0 to {len(layers)}, found {count!r}")
+        last = layers[len(layers) - count :]
         if self.select == "first":
             return layers[:count]
-        if self.select == "random":
-            drawn = np.random.default_rng(self.seed).choice(layers, size=count, replace=False)
-            return tuple(sorted(int(layer) for layer in drawn))
-        return layers[len(layers) - count :]
+        if self.select == "last" or count in (0, len(layers)):
+            return last
+        rng, drawn = np.random.default_rng(self.seed), last
+        while drawn == last:
+            drawn = tuple(sorted(int(layer) for layer in rng.choice(layers, size=count, replace=False)))
+        return drawn
 
     def controls(self) -> dict[str, Intervention]:
         """The same in as many of the first layers, and in as many random ones."""
