@@ -28,8 +28,8 @@ class ImageFreeGuidance(ContrastDecoding):
     l* = l' + s (l - l'), with l' that of the image-free view: classifier-free guidance. LACING's IFG is on logits, without APC,
     s from 1 to 3; its image-free prompt is trained: give it as `prompt`, with `view="soft"`, or take the embeddings' mean, zero,
     or a blank image ("black", "grey", "white") in its place. PAI's output step is
-    `ImageFreeGuidance(1.1, view="deleted", space="log-probs", beta=0.1)`. The cost is one more pass over the prompt, and twice the
-    rows in every step.
+    `ImageFreeGuidance(1.1, view="deleted", space="log-probs", beta=0.1)`. The cost is one more pass over the prompt, and twice
+    the rows in every step.
 
     Attributes:
         scale: s; 1 changes nothing. 1.5, within the range of the paper, is our default [?].
