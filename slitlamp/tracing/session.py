@@ -60,7 +60,9 @@ AnyEdit = Edit | AttentionEdit | WeightsEdit
 
 def only_in_prefill(edit: AnyEdit) -> bool:
     """Whether an edit does nothing in the decode steps of a generation."""
-    if isinstance(edit, AttentionEdit):
+    if isinstance(edit, WeightsEdit) and edit.tower == "vision":
+        return True
+    if isinstance(edit, AttentionEdit | WeightsEdit):
         return not isinstance(edit.queries, str) or edit.queries == "image"  # no token that is decoded is among these
     return edit.prefill_only or edit.site == "projector_out" or edit.site.startswith("vision_")
 
