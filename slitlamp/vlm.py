@@ -30,6 +30,7 @@ from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.nonfinite import NonFinite, check_policy
 from slitlamp.tracing.pause import Pause
 from slitlamp.tracing.probe import Labels
+from slitlamp.tracing.session import only_in_prefill
 from slitlamp.tracing.store.writer import StoredTrace, StoreOptions, closing
 from slitlamp.tracing.trace import Source
 
@@ -515,7 +516,10 @@ class VLM:
             if contrast is None:
                 yield arguments
                 return
-            with contrasted(self.model, self.anatomy, run.batch, contrast, views, arguments, pause) as fused:
+            untouched = not self._open_traces() and all(only_in_prefill(edit) for edit in edits)
+            with contrasted(
+                *(self.model, self.anatomy, run.batch, contrast, views, arguments, pause), untouched=untouched
+            ) as fused:
                 yield fused
 
     def measure(self, probe: Probe, batch: Batch, labels: Labels | None = None) -> None:
