@@ -221,24 +221,26 @@ class _Roomy(DynamicLayer):
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
         self._keys, self._values = keys, values
         self._show(keys.shape[-2] - ROOM)
 
-    def _show(self, length: int) -> None:
-        self.keys, self.values = self._keys[..., :length, :], self._values[..., :length, :]
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        """What is held of so many positions."""
+        keys, values = self._keys[..., :length, :], self._values[..., :length, :]
+        self._length, self.keys, self.values = length, keys, values
+        return keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Put new keys and values behind those held, and give all."""
-        start = self.keys.shape[-2]
+        start = self._length
         end = start + key_states.shape[-2]
         if end > self._keys.shape[-2]:
             self._keys, self._values = (pad(one, (0, 0, 0, ROOM)) for one in (self._keys, self._values))
         self._keys[..., start:end, :] = key_states
         self._values[..., start:end, :] = value_states
-        self._show(end)
-        return self.keys, self.values
+        return self._show(end)
 
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:
