@@ -47,6 +47,8 @@ class Batch:
         always_pixels: whether the model must be given pixels also where no row has an image; nothing comes of them.
         pad_token_id: the id at padding positions.
         image_token_id: the id at image positions.
+        unk_token_id: the tokenizer's id of a word that it does not know; None where it has none.
+        black, white: per channel, what the image processor makes of pixels of 0 and of full brightness.
         groups: per row, what it shares with rows that are not independent of it: its image (see `grouped`). By default
             its id.
     """
@@ -68,6 +70,9 @@ class Batch:
     frames: int = 1
     deepstack_layers: tuple[int, ...] = ()
     always_pixels: bool = False
+    unk_token_id: int | None = None
+    black: tuple[float, ...] = ()
+    white: tuple[float, ...] = ()
     groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -289,6 +294,38 @@ class Batch:
         for row, values in enumerate(features):
             table[row, self.image_mask[row].to(table.device)] = values
         return replace(self, features=table)
+
+    def with_image_slots(self, n: int) -> Batch:
+        """The batch with `n` tokens in the place of each image, and no pixels, for what is put there by hand.
+
+        They stand where the image's first token stood, marked by `image_mask`, under the id of padding; what runs along the
+        positions is 0 at them, as at text of a prompt.
+
+        Args:
+            n: at least 1.
+        """
+        rows = []
+        for row, real in enumerate(self._positions(self.real_mask)):
+            inside = self.image_mask[row, real]
+            first = torch.ones(int(inside.sum()), dtype=torch.bool, device=real.device)
+            if self.cross_mask is None:  # else each image has one token already
+                image = self.patches[row].image.to(real.device)
+                first[1:] = image[1:] != image[:-1]
+            times = torch.ones_like(real)
+            times[inside] = n * first.long()
+            rows.append((real.repeat_interleave(times), ()))
+        extra = {name: value[:1] for name, value in self.extra.items()} if self.always_pixels else {}
+        none: tuple[tuple[Image, ...], ...] = ((),) * self.size
+        shorter = self._repacked(
+            rows, patches=(Patches.join([]),) * self.size, images=none, extra=extra, cross_mask=None, features=None
+        )
+        aligned = {
+            name: values.masked_fill(shorter.image_mask.view(*shorter.image_mask.shape, *[1] * (values.ndim - 2)), 0)
+            for name, values in shorter.aligned.items()
+            if name != POSITIONS
+        }
+        ids = shorter.input_ids.masked_fill(shorter.image_mask, self.pad_token_id)
+        return replace(shorter, input_ids=ids, aligned=aligned)
 
     def prompt_only(self) -> Batch:
         """The batch without its continuation."""

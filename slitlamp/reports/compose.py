@@ -158,7 +158,9 @@ def mention_index(data: RunData, width: float) -> Figure | None:
     shares = None if table is None else summaries.mention_index_shares(table)
     if shares is None or shares.empty:
         return None
-    figure = new_figure(width, 3.8 if is_narrow(width) else 3.6)
+    drawn = [name for name in data.drawn if name in set(shares["condition"])]
+    legend = max(len(drawn) - 6, 0) * (0.19 if is_narrow(width) else 0.07)
+    figure = new_figure(width, (3.8 if is_narrow(width) else 3.6) + legend)
     datasets = findings.caption_datasets(data)
     scores = data.table("conditions", "condition", "dataset", "metric", "value")
     overall = (
@@ -175,7 +177,6 @@ def mention_index(data: RunData, width: float) -> Figure | None:
         styles=data.styles,
         names=data.short,
     )
-    drawn = [name for name in data.drawn if name in set(shares["condition"])]
     legend_below(figure, condition_handles(drawn, data.styles, data.short, lines=True))
     return figure
 

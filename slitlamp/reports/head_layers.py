@@ -143,7 +143,7 @@ def generation_times(data: RunData) -> pd.DataFrame | None:
     timing = data.environment.get("timing")
     if not isinstance(timing, Mapping):
         return None
-    found = {name: timing.get(f"generate {name}") for name in data.condition_names}
+    found = {name: timing.get(f"generate {name}") for name in data.drawn}
     rows = [(name, float(seconds)) for name, seconds in found.items() if isinstance(seconds, int | float)]
     if len(rows) < 2 or rows[0][1] <= 0:
         return None

@@ -114,7 +114,7 @@ def verdict_panel(
     )
     pad_limits(ax, *extremes(both), include=(0.0,))
     ax.xaxis.set_major_locator(locator())
-    ax.set_title(title or info.label, pad=14)
+    ax.set_title(title or info.label, pad=17)
     better_way(ax, info)
     ax.set_xlabel(f"difference ({info.unit})" if info.unit else "difference")
     return ax

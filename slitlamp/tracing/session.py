@@ -29,6 +29,7 @@ from slitlamp.tracing.recorder import Recorder
 from slitlamp.tracing.site_checks import n_layers_of
 from slitlamp.tracing.sites import STATE_SITES
 from slitlamp.tracing.trace import Trace
+from slitlamp.tracing.weights_edit import WeightsEdit, WeightsEditor, check_weights_edit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,13 +54,15 @@ class Edit:
     prefill_only: bool = False
 
 
-AnyEdit = Edit | AttentionEdit
-"""A change of what the model computes: of the values at a site, or of attention before its softmax."""
+AnyEdit = Edit | AttentionEdit | WeightsEdit
+"""A change of what the model computes: of the values at a site, or of attention before or after its softmax."""
 
 
 def only_in_prefill(edit: AnyEdit) -> bool:
     """Whether an edit does nothing in the decode steps of a generation."""
-    if isinstance(edit, AttentionEdit):
+    if isinstance(edit, WeightsEdit) and edit.tower == "vision":
+        return True
+    if isinstance(edit, AttentionEdit | WeightsEdit):
         return not isinstance(edit.queries, str) or edit.queries == "image"  # no token that is decoded is among these
     return edit.prefill_only or edit.site == "projector_out" or edit.site.startswith("vision_")
 
@@ -116,7 +119,7 @@ def session(
     """Attach recorders and edits to a model for one run.
 
     Features that a batch brings for its image tokens are put in before all edits. Edits act in the order given; a recording at
-    the site of an edit shows the edited values. Edits of attention add up.
+    the site of an edit shows the edited values. Edits of attention before the softmax add up, and act before those after it.
 
     Args:
         model: the Hugging Face model. On exit, exceptions included, it has the hooks and attention it had before.
@@ -146,6 +149,7 @@ def session(
         edits = [_features_of(batch, batch.features), *edits]
     of_states = [edit for edit in edits if isinstance(edit, Edit)]
     of_attention = [edit for edit in edits if isinstance(edit, AttentionEdit)]
+    of_weights = [edit for edit in edits if isinstance(edit, WeightsEdit)]
     for edit in of_states:
         if edit.site not in STATE_SITES or edit.site == "logits":
             editable = ", ".join(name for name in STATE_SITES if name in anatomy.places and name != "logits")
@@ -161,6 +165,8 @@ def session(
             calls.check(site)
     for one in of_attention:
         check_attention_edit(one, anatomy, calls)
+    for each in of_weights:
+        check_weights_edit(each, anatomy, calls)
     run = _Run(model, anatomy, batch)
     recorders = [Recorder(trace, anatomy, calls, run.tiles) for trace in traces]
     observers: dict[nn.Module, list[Observer]] = {}
@@ -224,8 +230,7 @@ def session(
                         stack.callback(handle.remove)
                         if isinstance(site.positions, Tensor) or site.positions == "image":
                             of_prompt.append(handle)  # no token that is decoded is among these positions
-        by_layer = {one.layer: [edit for edit in of_attention if edit.layer == one.layer] for one in of_attention}
-        editors = {run.module("attention", layer): Editor(some, calls) for layer, some in by_layer.items()}
+        editors = _editors(run, of_attention, of_weights, calls)
         if observers or editors:
             stack.enter_context(observed(observers, editors, pause))
 
@@ -251,6 +256,22 @@ def session(
     for trace in traces:
         check_finite(trace, trace.nonfinite)
         trace.finish()
+
+
+def _editors(
+    run: _Run, before: Sequence[AttentionEdit], after: Sequence[WeightsEdit], calls: Calls
+) -> dict[nn.Module, Editor]:
+    """By module, the edits of attention before and after the softmax."""
+    by_module: dict[nn.Module, tuple[list[AttentionEdit], list[WeightsEdit]]] = {}
+    for edit in before:
+        by_module.setdefault(run.module("attention", edit.layer), ([], []))[0].append(edit)
+    for one in after:
+        if one.tower == "language" or any(calls.batch.images):  # some models run their tower for nothing
+            by_module.setdefault(run.module(one.site, one.layer), ([], []))[1].append(one)
+    return {
+        module: Editor(masks, calls, WeightsEditor(weights, calls) if weights else None)
+        for module, (masks, weights) in by_module.items()
+    }
 
 
 def _features_of(batch: Batch, features: Tensor) -> Edit:

@@ -11,6 +11,7 @@ from interventions import M3ID, HeadReinforcement, ImageAttentionBoost, ImageCon
 from slitlamp.errors import InputError
 from slitlamp.evaluation import chair_rows, chair_scores, pope_items, pope_scores
 from slitlamp.experiments import Dataset, Experiment, Run
+from slitlamp.experiments.summary import summary
 from slitlamp.vlm import VLM
 
 SINGLE = {
@@ -90,6 +91,32 @@ def test_the_interaction_is_both_minus_the_sum_of_the_two(run: Run, captions: Da
         assert row.value == pytest.approx(row.both_value - row.first_value - row.second_value, nan_ok=True)
     assert (interactions["value"].abs() > 1e-9).any()
     assert (interactions["p_holm"].dropna() >= interactions["p"].dropna()).all()
+
+
+def test_verdicts_are_the_differences_of_the_run(run: Run) -> None:
+    differences = run.table("differences").set_index(["condition", "reference", "dataset", "metric"])
+    matched = run.table("matched_differences").set_index(["condition", "reference", "dataset"])
+    verdicts = run.table("verdicts")
+    assert set(verdicts["treatment"]) == set(SINGLE), "neither pairs nor controls"
+    for row in verdicts.itertuples():
+        known = matched if row.metric == "chair_i_matched" else differences.xs(row.metric, level="metric")
+        for reference, value in (("baseline", row.value), (row.control, row.control_value)):
+            if reference is not None and reference == reference:
+                assert value == pytest.approx(known.loc[(row.treatment, reference, row.dataset), "value"], nan_ok=True)
+    controls = run.table("verdict_controls")
+    assert set(controls["control"]) == {"vhr_random", "vdd_noise", "m3id_noise"}
+    assert verdicts.set_index("treatment").loc["boost", "n_controls"].tolist() == [0] * 6
+
+
+def test_the_summary_of_many_treatments_is_their_verdicts(run: Run) -> None:
+    lines = summary(run)
+    table = run.table("verdicts")
+    for metric, name in (("chair_i", "CHAIR_i"), ("chair_i_matched", "CHAIR_i at equal recall"), ("f1", "POPE F1")):
+        (line,) = (one for one in lines if one.startswith(f"{name}: "))
+        said = dict(part.split(": ", 1) for part in line.removeprefix(f"{name}: ").split("; "))
+        found = table[table["metric"] == metric].groupby("verdict", sort=False)["treatment"].agg(", ".join).to_dict()
+        assert said == found
+    assert not any(line.startswith("CHAIR_i against") for line in lines)
 
 
 def test_without_pairs_there_are_no_such_tables(vlm: VLM, pope: Dataset, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import interventions
 from interventions import SubnetMask
 from probes import Subnetworks
 from probes.wanda import load_masks
@@ -98,3 +99,20 @@ def test_masks_are_of_the_weights_that_the_embedded_model_activates(path: Path, 
         found = torch.stack([one.masks(key, [sparsity])[0] for one in sets]).all(dim=0)
         assert found[mask].float().mean() > 0.85, key
         assert found.float().mean() < 1 - sparsity + 1e-6
+
+
+def test_vectors_were_made_from_other_images_than_they_are_measured_on() -> None:
+    made_from = set(load_dataset("emoji_scenes/captions").images[-128:])
+    users = [path for path in FOLDER.glob("*.yaml") if "vectors/" in path.read_text()]
+    assert users
+    for path in users:
+        measured = Experiment.from_config(read_config(path), folders=[FOLDER]).dataset
+        assert all(made_from.isdisjoint(data.images) for data in measured)  # type: ignore[union-attr]
+    assert "data.items[-128:]" in (FOLDER / "vectors" / "README.md").read_text()
+
+
+def test_every_intervention_of_the_package_is_ranked() -> None:
+    config = read_config(FOLDER / "interventions.yaml")
+    ranked = [one.name for components in config.conditions.values() for one in components]
+    assert set(ranked) == {name for name in interventions.__all__ if hasattr(getattr(interventions, name), "edits")}
+    assert config.controls is True
