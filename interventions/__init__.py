@@ -13,6 +13,7 @@ from interventions.outlier_contrast import OutlierContrast
 from interventions.projection_ablation import ProjectionAblation
 from interventions.skip_perceptual import SkipPerceptual
 from interventions.subnet_mask import SubnetMask
+from interventions.truthful_pre_intervention import TruthfulPreIntervention
 
 __all__ = [
     "M3ID",
@@ -28,4 +29,5 @@ __all__ = [
     "ProjectionAblation",
     "SkipPerceptual",
     "SubnetMask",
+    "TruthfulPreIntervention",
 ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from slitlamp.decoding.backtracking import BacktrackingDecoding, Decoded, backtracking_of, decode_back
 from slitlamp.decoding.generation import Generation, Plan, plan_generation
 from slitlamp.decoding.intervention import Intervention, RunContext, in_order
 from slitlamp.decoding.two_branch import ContrastDecoding, contrast_of, contrasted, fuse, steps_of
@@ -320,7 +321,8 @@ class VLM:
         A nested `apply` adds to the outer one.
 
         Raises:
-            InputError, UnsupportedError: an intervention that does not fit this model, or two contrasts.
+            InputError, UnsupportedError: an intervention that does not fit this model, two contrasts, or two that decode in loops
+                of their own.
         """
         chosen = in_order(interventions)
         for one in chosen:
@@ -328,6 +330,7 @@ class VLM:
         before = list(self._interventions)
         together = in_order([*before, *chosen])
         contrast_of(together)
+        backtracking_of(together)
         self._in_force.interventions = together
         try:
             yield
@@ -443,6 +446,14 @@ class VLM:
         nnsight = self._nnsight()
         if nnsight is not None and nnsight.remote is not False and seed is not None:
             raise UnsupportedError("sampling on a server cannot be repeated: a seed here does not reach it")
+        backtracking = backtracking_of(self._interventions)
+        if backtracking is not None:
+            said = self._decode_back(batch, plan, backtracking, seed)
+            if not self._traces:
+                return Generation.of(batch, self.tokenizer, said.tokens, plan.ends, said.tracebacks)
+            plan, seed, tracebacks = plan.saying(batch, said.tokens), None, said.tracebacks
+        else:
+            tracebacks = ()
         with (
             self._lock,
             self._putting_back(),
@@ -465,7 +476,16 @@ class VLM:
                     end_tokens=plan.ends,
                 )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        return Generation.of(batch, self.tokenizer, sequences[:, batch.length :].tolist(), plan.ends)
+        return Generation.of(batch, self.tokenizer, sequences[:, batch.length :].tolist(), plan.ends, tracebacks)
+
+    def _decode_back(self, batch: Batch, plan: Plan, backtracking: BacktrackingDecoding, seed: int | None) -> Decoded:
+        with self._lock, self._putting_back(), torch.random.fork_rng(enabled=seed is not None):
+            return decode_back(
+                *(self.model, self.anatomy, batch, backtracking, self._context(batch)),
+                edits=lambda: self._edits(batch),
+                plan=plan,
+                seed=seed,
+            )
 
     @contextmanager
     def _decoding(self, batch: Batch, plan: Plan) -> Iterator[dict[str, Any]]:
