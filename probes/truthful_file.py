@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 N_RANDOM = 5
 """Random directions in a file."""
-DETECTORS = ("probe", "shuffled", "random")
-NEEDED = ("direction", "intercept", "layer", "true_scores")
 
 
 @dataclass(frozen=True)
@@ -87,17 +85,28 @@ class TruthfulFile:
         else:
             tensors, words = _read(Path(given), whose)
             source = str(given)
-        for name in NEEDED:
-            if name not in tensors:
-                raise unknown(f"tensor in {source} ({whose}):", name, tensors)
-        layer = int(tensors["layer"])
+        layer = _wanted(tensors, ("layer",), source, whose)[0]
         detectors = {"probe": _detector(tensors, "", source, whose)}
         if "shuffled_direction" in tensors:
             detectors["shuffled"] = _detector(tensors, "shuffled_", source, whose)
-        for number, direction in enumerate(tensors.get("random_directions", torch.empty(0))):
-            drawn = {"direction": direction, "intercept": 0.0, "true_scores": tensors["random_true_scores"][number]}
-            detectors[f"random {number}" if number else "random"] = _detector(drawn, "", source, whose)
-        return TruthfulFile(layer, detectors, words)
+        if "random_directions" in tensors:
+            directions, scores = _wanted(tensors, ("random_directions", "random_true_scores"), source, whose)
+            if directions.ndim != 2 or scores.ndim != 2 or len(directions) != len(scores):
+                raise InputError(
+                    f"{whose}: {source} needs random_directions [n, d_model] and random_true_scores [n, mention]; found "
+                    f"{list(directions.shape)} and {list(scores.shape)}"
+                )
+            for number, (direction, drawn) in enumerate(zip(directions, scores, strict=True)):
+                given = {"direction": direction, "intercept": torch.tensor(0.0), "true_scores": drawn}
+                detectors[f"random {number}" if number else "random"] = _detector(given, "", source, whose)
+        return TruthfulFile(int(layer), detectors, words)
+
+
+def _wanted(tensors: Mapping[str, Tensor], names: Sequence[str], source: str, whose: str) -> list[Tensor]:
+    for name in names:
+        if name not in tensors:
+            raise unknown(f"tensor in {source} ({whose}):", name, tensors)
+    return [tensors[name] for name in names]
 
 
 def _read(path: Path, whose: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -111,10 +120,10 @@ def _read(path: Path, whose: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         ) from error
 
 
-def _detector(tensors: Mapping[str, Any], prefix: str, source: str, whose: str) -> Detector:
-    direction = torch.as_tensor(tensors[f"{prefix}direction"]).float()
-    scores = torch.as_tensor(tensors[f"{prefix}true_scores"]).float()
-    intercept = float(tensors[f"{prefix}intercept"])
+def _detector(tensors: Mapping[str, Tensor], prefix: str, source: str, whose: str) -> Detector:
+    names = [f"{prefix}{name}" for name in ("direction", "true_scores", "intercept")]
+    direction, scores, shift = (one.float() for one in _wanted(tensors, names, source, whose))
+    intercept = float(shift)
     if direction.ndim != 1 or scores.ndim != 1 or not len(scores):
         raise InputError(
             f"{whose}: {source} needs a direction [d_model] and at least one score of a true mention [mention]; found "

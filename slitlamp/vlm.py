@@ -396,6 +396,7 @@ class VLM:
         Returns:
             The Hugging Face model's output. Under a contrast, its logits are fused where they are those of a step of decoding
             (see `slitlamp.decoding.two_branch.ContrastDecoding`); all else in it, and what traces record, is of the clean branch.
+            Decoding that goes back (`slitlamp.decoding.backtracking`) changes nothing here.
         """
         return self._forward(batch, logits_to_keep, edits, contrast_of(self._interventions))
 
@@ -430,6 +431,8 @@ class VLM:
     ) -> Generation:
         """Generate after each prompt, under the traces and interventions in force.
 
+        Where decoding goes back (`slitlamp.decoding.backtracking`), traces record a plain generation of the final text.
+
         Args:
             batch: from `encode`.
             max_new_tokens: limit of new tokens.
@@ -440,7 +443,8 @@ class VLM:
         Raises:
             InputError: a batch with a continuation, a seed without sampling or sampling without a seed, no new tokens.
             UnsupportedError: beam search and other decoding that does not follow one sequence per row, token by token; under a
-                contrast also a cache or a loop (`custom_generate`) among the options.
+                contrast also a cache or a loop (`custom_generate`) among the options; under decoding that goes back, these, a
+                streamer or a time limit, and a model whose cache cannot be cut off.
         """
         plan = plan_generation(batch, max_new_tokens, seed, options, self.end_tokens)
         nnsight = self._nnsight()

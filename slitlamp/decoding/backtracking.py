@@ -12,9 +12,9 @@ what the sentence said before it was first gone back in is put back, the token o
 unwatched; after the cap of the text, so does the text. Each traceback, and each sentence put back, is followed by no more steps
 than a text may have tokens, so that decoding ends.
 
-Rows go back independently, and each says what it would say alone. In the cache they share, tokens that a row has taken back are
-hidden from it, and the positions of its later tokens do not count them. The columns after the last one that any row still needs
-are cut off: in a batch of one, all that were taken back.
+Rows go back independently, and each says what it would say alone (sampled ones share their draws, as in any batch). In the cache
+they share, tokens that a row has taken back are hidden from it, and the positions of its later tokens do not count them. The
+columns after the last one that any row still needs are cut off: in a batch of one, all that were taken back.
 """
 
 from __future__ import annotations
@@ -160,15 +160,16 @@ def decode_back(
             raise UnsupportedError(
                 f"{name} beside {backtracking.name}: it goes back in the text, which {name} does not know"
             )
-    watch: Watch | None = backtracking.watch(run)
-    first: Decoded | None = None
-    while watch is not None:
+
+    def decoded(watch: Watch) -> Decoded:
         if seed is not None:
             torch.manual_seed(seed)
-        decoded = _decode(model, anatomy, batch, backtracking, watch, edits(), plan)
-        watch = None if first is not None else backtracking.again(watch, decoded)
-        first = decoded
-    return decoded
+        return _decode(model, anatomy, batch, backtracking, watch, edits(), plan)
+
+    watch = backtracking.watch(run)
+    first = decoded(watch)
+    second = backtracking.again(watch, first)
+    return first if second is None else decoded(second)
 
 
 def _decode(

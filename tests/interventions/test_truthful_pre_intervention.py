@@ -278,6 +278,10 @@ def test_what_is_refused(organism: VLM, llava: VLM, path: Path, tmp_path: Path) 
         ("needs a direction .d_model. and at least one score", {"probe": {**bare, "true_scores": []}}),
         ("holds NaN or infinity", {"probe": {**bare, "direction": [float("nan")] * 192}}),
         ("of 192 numbers of layer 6, for a model of width 192 with layers 0 to 5", {"probe": {**bare, "layer": 6}}),
+        (
+            "random_true_scores .n, mention.; found .2, 192. and .1, 1.",
+            {"probe": {**bare, "random_directions": [[0.0] * 192] * 2, "random_true_scores": [[1.0]]}},
+        ),
         ("max_per_text must be 0 or more", {"max_per_text": -1}),
     ]:
         with (
@@ -288,7 +292,8 @@ def test_what_is_refused(organism: VLM, llava: VLM, path: Path, tmp_path: Path) 
     for match, options in [
         ("steps 'all'", {"steps": "all"}),
         ("select 'none'", {"select": "none"}),
-        ("tensor in .* 'intercept'", {"probe": tmp_path / "less"}),
+        ("tensor in .*less .* 'layer'", {"probe": tmp_path / "less"}),
+        ("tensor in .* 'shuffled_true_scores'", {"probe": {**bare, "shuffled_direction": bare["direction"]}}),
         ("direction in planted.safetensors for select='random': 'random 7'", {"select": "random", "seed": 7}),
         ("direction in a given tensor for select='shuffled'", {"probe": bare, "select": "shuffled"}),
     ]:
