@@ -84,18 +84,21 @@ def _tokenizer(words: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-def prompt(vlm: VLM, images: int, length: int) -> Batch:
-    """One row of that many positions: images of random pixels, then random words."""
+def prompt(vlm: VLM, images: int, length: int, rows: int = 1) -> Batch:
+    """Rows of that many positions: images of random pixels, then random words."""
     rng = np.random.default_rng(0)
     side = vlm.model.config.vision_config.image_size
-    pixels = [PIL.Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(images)]
     per_image = (side // vlm.model.config.vision_config.patch_size) ** 2
     n_words = length - 1 - images * per_image
-    words = [
-        f"w{number}" for number in rng.integers(0, vlm.model.config.text_config.vocab_size - len(SPECIAL), n_words)
-    ]
-    batch = vlm.encode([pixels], [" ".join(["<image>"] * images + words)])
-    assert batch.length == length
+    pixels, texts = [], []
+    for _ in range(rows):
+        pixels.append(
+            [PIL.Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(images)]
+        )
+        numbers = rng.integers(0, vlm.model.config.text_config.vocab_size - len(SPECIAL), n_words)
+        texts.append(" ".join(["<image>"] * images + [f"w{number}" for number in numbers]))
+    batch = vlm.encode(pixels, texts)
+    assert batch.lengths == [length] * rows
     return batch
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,29 @@ def directions(
             raise InputError(f"{whose}: {given} has no direction of layer {wanted}; it has layers {numbers}")
         found[layer] = _not_zero(tensor[numbers.index(wanted)], whose)
     return found
+
+
+def embeddings(given: Path | str | Sequence[Sequence[float]], key: str, d_model: int, whose: str) -> Tensor:
+    """Embeddings that stand for tokens, float32 [token, d_model].
+
+    Args:
+        given: numbers, or a safetensors file that holds such a tensor.
+        key: the tensor's name in the file.
+        d_model: of the model.
+        whose: the intervention, for messages.
+
+    Raises:
+        InputError: no tensor of this shape, no token in it, or numbers that are not finite.
+    """
+    if isinstance(given, str | Path):
+        tensor = from_file(given, key, whose)[0]
+    else:
+        try:
+            tensor = torch.as_tensor(given).float()
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{whose}: expected numbers [token, d_model], one list per token ({error})") from error
+    n_tokens = max(1, len(tensor)) if tensor.ndim else 1
+    return check_tensor(tensor, [n_tokens, d_model], "[token, d_model]", whose)
 
 
 def _not_zero(vector: Tensor, whose: str) -> Tensor:

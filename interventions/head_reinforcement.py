@@ -45,7 +45,7 @@ class HeadReinforcement(Intervention):
             divergent), "all".
         outlier_rule: whether heads that surge when the image is removed are left out.
         ddof: of the outlier rule's standard deviation; not stated in the paper [?].
-        contrast: how the image is removed: "deleted" (the paper's), "zero", "mean" or "noise"; see
+        contrast: how the image is removed: "deleted" (the paper's), "zero", "mean", "noise" or another way of
             `slitlamp.decoding.views.image_free`.
         reinforce_image_free: whether the image-free run is reinforced in the layers below too; not stated in the paper [?].
             It costs an extra pass with the image.

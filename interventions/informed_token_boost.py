@@ -30,7 +30,8 @@ class InformedTokenBoost(Intervention):
     Q3 + 1.5 (Q3 - Q1) of the image's tokens. Local tokens are the share to which it attends most in the first block, but for
     the summary tokens. Attention is the mean over heads; where a token stands for several patches, their sum. Only tokens of the
     view of the whole image are chosen; one image per row. The paper's third set, spatial tokens, is not among them: as
-    released, its score is 1 everywhere. The cost is one forward pass per run, to find the tokens.
+    released, its score is 1 everywhere. They are chosen among all of them; those that edits of visual tokens have taken out are
+    not there to be raised. The cost is a pass of the tower per run, to find the tokens.
 
     Attributes:
         alpha: the factor of local tokens; 0.7 is the paper's, which reports that captions break down from 0.8.
@@ -102,21 +103,23 @@ class InformedTokenBoost(Intervention):
         site = vision_attention(
             "cls", "patches", layers=sorted({first, late}), reduce_heads="mean", reduce_queries="mean", label="encoder"
         )
-        recorded = run.trace(batch, [site], ())["encoder"]
+        recorded = run.trace(run.whole, [site], ())["encoder"]
         n_patches = recorded.key_mask.sum(dim=1).tolist()
         factors = torch.zeros(batch.size, batch.length, device=batch.device)
         chosen = []
         for row in range(batch.size):
-            placed = place_tokens(run.anatomy, batch, row, n_patches)
+            placed = place_tokens(run.anatomy, run.whole, row, n_patches)
             early, deep = (
                 placed.of_patches(recorded[layer][placed.tile, : n_patches[placed.tile]].float(), "sum").cpu()
                 for layer in (first, late)
             )
             local, summary = self._drawn(*informed_tokens(early, deep, self.share))
             chosen.append((placed.token[local], placed.token[summary]))
-            positions = batch.image_mask[row].nonzero()[:, 0]
+            of_token = torch.zeros(int(run.whole.image_mask[row].sum()), device=batch.device)
             for tokens, factor in zip(chosen[-1], (self.alpha, self.beta), strict=True):
-                factors[row, positions[tokens.to(positions.device)]] = factor
+                of_token[tokens.to(batch.device)] = factor
+            left = slice(None) if run.kept is None else run.kept[row].to(batch.device)
+            factors[row, batch.image_mask[row]] = of_token[left]
         self.local_ = tuple(local for local, _ in chosen)
         self.summary_ = tuple(summary for _, summary in chosen)
         return raised_scores(boosted_layers(self.layers, run.anatomy.n_layers), batch, factors)

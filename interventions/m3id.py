@@ -24,7 +24,8 @@ class M3ID(ContrastDecoding):
     With lp the log-probabilities with and lp' those without the image, and t the number of tokens generated before:
     lp* = lp + w_t (lp - lp'), w_t = e^{decay (t + offset)} - 1, in steps where max lp < log(gate); else lp. It is given on the
     scale of the logits (a constant per step that no softmax sees), so that at weight 0 they are the plain ones. At t = 0 and
-    offset 0 nothing is changed. The cost is one more forward pass per step.
+    offset 0 nothing is changed. The cost is one more pass over the prompt, and twice the
+    rows in every step.
 
     Attributes:
         decay: lambda; 0 changes nothing, 0.02 is the paper's.

@@ -174,15 +174,19 @@ class SkipPerceptual(Intervention):
             if self.when != "both":  # tokens that are given all at once are taken as in decoding step by step
                 chosen = chosen & (batch.generated_mask == (self.when == "decode"))
         else:
-            skips = self.tokens != "perceptual" and self.when != "prefill"
-            chosen = torch.full(values.shape[:2], skips)
+            chosen = torch.ones(values.shape[:2], dtype=torch.bool)
         return chosen[..., None].to(values.device)
+
+    @property
+    def _prefill_only(self) -> bool:
+        """Whether no token that is generated step by step skips anything."""
+        return self.tokens == "perceptual" or self.when == "prefill"
 
     def _skip_ffn(self, layer: int) -> list[Edit]:
         def drop(values: Tensor, calls: Calls) -> Tensor:
             return values.masked_fill(self._chosen(values, calls), 0)
 
-        return [Edit("mlp_out", layer, drop)]
+        return [Edit("mlp_out", layer, drop, self._prefill_only)]
 
     def _skip_block(self, layer: int) -> list[Edit]:
         return self._carried(layer, "resid_pre", "resid_post")
@@ -201,4 +205,4 @@ class SkipPerceptual(Intervention):
         def put(values: Tensor, calls: Calls) -> Tensor:
             return torch.where(self._chosen(values, calls), kept.pop().to(values.device), values)
 
-        return [Edit(source, layer, keep), Edit(target, layer, put)]
+        return [Edit(source, layer, keep, self._prefill_only), Edit(target, layer, put, self._prefill_only)]

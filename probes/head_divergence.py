@@ -51,7 +51,7 @@ class HeadDivergence(GatheringProbe):
     position only, which predicts the first token. Intervals are over the batch's groups (images).
 
     Attributes:
-        contrast: how the image is removed: "deleted" (the paper's), "zero", "mean" or "noise"; see
+        contrast: how the image is removed: "deleted" (the paper's), "zero", "mean", "noise" or another way of
             `slitlamp.decoding.views.image_free`.
         contrasts: other ways of removing it to compare with `contrast`, at the first token.
         top_k: the numbers of heads per layer that T-VHD sums; not stated in the paper [?], so several are given. Those above

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slitlamp.models import Anatomy
 
@@ -126,3 +126,16 @@ def skipped_flops(sizes: BlockSizes, tokens: Tokens, kinds: tuple[str, ...], wha
         if what == "block":
             saved += tokens.count(kind) * sizes.query + sizes.attending(tokens.keys(kind))
     return n_blocks * saved
+
+
+def pruned_flops(sizes: BlockSizes, tokens: Tokens, kept: int, from_layer: int = 0) -> int:
+    """Operations that need not be done when the decoder has fewer image tokens from a layer on.
+
+    Args:
+        sizes: of the model.
+        tokens: of the run with all image tokens.
+        kept: how many image tokens are left.
+        from_layer: the first block that has them no more; 0 for pruning before the decoder.
+    """
+    saved = decoder_flops(sizes, tokens) - decoder_flops(sizes, replace(tokens, image=kept))
+    return saved // sizes.n_layers * (sizes.n_layers - from_layer)

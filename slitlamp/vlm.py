@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,20 +14,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from slitlamp.decoding.backtracking import BacktrackingDecoding, Decoded, backtracking_of, decode_back
+from slitlamp.decoding.backtracking import Decoded, backtracking_of, decode_back
 from slitlamp.decoding.generation import Generation, Plan, plan_generation
 from slitlamp.decoding.intervention import Intervention, RunContext, in_order
+from slitlamp.decoding.traceback_rules import Watch
 from slitlamp.decoding.two_branch import ContrastDecoding, contrast_of, contrasted, fuse, steps_of
+from slitlamp.decoding.visual_tokens import check_together, with_visual_edits
 from slitlamp.errors import InputError, UnsupportedError, unknown
 from slitlamp.models import Anatomy, Batch, family_of, read_anatomy
+from slitlamp.models.batch import POSITIONS
 from slitlamp.models.encode import encode
 from slitlamp.models.loading import complete, load_processor
 from slitlamp.models.placement import input_device, weights
-from slitlamp.tracing import AnyEdit, Probe, Site, Trace, check_sites, session
+from slitlamp.tracing import AnyEdit, Edit, Probe, Site, Trace, check_sites, session
+from slitlamp.tracing.call import Calls
 from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.nonfinite import NonFinite, check_policy
 from slitlamp.tracing.pause import Pause
 from slitlamp.tracing.probe import Labels
+from slitlamp.tracing.session import only_in_prefill
 from slitlamp.tracing.store.writer import StoredTrace, StoreOptions, closing
 from slitlamp.tracing.trace import Source
 
@@ -36,6 +42,14 @@ if TYPE_CHECKING:
     from slitlamp.tracing.nnsight_backend import NNsight
 
 ORGANISM_WEIGHTS = Path(__file__).parent / "organism" / "weights"
+
+
+class _Recorded(Exception):
+    """All that was wanted of a forward pass has been recorded."""
+
+
+def _stop(values: torch.Tensor, calls: Calls) -> torch.Tensor:
+    raise _Recorded
 
 
 class _InForce(threading.local):
@@ -331,6 +345,7 @@ class VLM:
         together = in_order([*before, *chosen])
         contrast_of(together)
         backtracking_of(together)
+        check_together(together)
         self._in_force.interventions = together
         try:
             yield
@@ -349,26 +364,38 @@ class VLM:
         source = Source(self.model, self.anatomy, self.tokenizer)
         return RunContext(batch=batch, anatomy=self.anatomy, trace=self._extra_pass, source=source)
 
-    def _edits(self, batch: Batch) -> list[AnyEdit]:
-        context = self._context(batch)
-        return [edit for one in self._interventions for edit in one.edits(context)]
+    def _edited(self, batch: Batch) -> tuple[RunContext, list[AnyEdit]]:
+        """What the model runs over under the interventions in force, and the edits to run it with."""
+        run = with_visual_edits(self._context(batch), self._interventions)
+        return run, [edit for one in self._interventions for edit in one.edits(run)]
 
     def _extra_pass(
         self, batch: Batch, sites: Sequence[Site], edits: Sequence[AnyEdit], gradient_of: Scalar | None = None
     ) -> Trace:
+        """A forward pass for its recordings alone: it ends with the last layer that anything is recorded of."""
         trace = Trace(check_sites(sites, self.anatomy), gradient_of)
         trace.source = Source(self.model, self.anatomy, self.tokenizer)
-        with self._putting_back(), session(self.model, self.anatomy, batch, traces=[trace], edits=edits):
+        last = max((max(one.layers) for one in trace.sites.values() if one.layers and not one.is_vision), default=0)
+        whole = gradient_of is not None or "logits" in {one.name for one in trace.sites.values()}
+        if not whole and last + 1 < self.anatomy.n_layers:
+            edits = [*edits, Edit("resid_pre", last + 1, _stop)]
+        with (
+            self._putting_back(),
+            session(self.model, self.anatomy, batch, traces=[trace], edits=edits),
+            contextlib.suppress(_Recorded),
+        ):
             self._call(batch, logits_to_keep=_logits_needed(sites))
         return trace
 
     def _arguments(self, batch: Batch, **options: Any) -> dict[str, Any]:
         first = self.anatomy.family.first_position
-        if first is None and batch.image_mask.any():
+        if POSITIONS in batch.aligned:
+            positions = batch.aligned[POSITIONS] + (first or 0)
+        elif first is None and batch.image_mask.any():
             positions = None  # the model counts by itself
         else:  # as generate counts them: padding has no place
             positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0) + (first or 0)
-        return {**batch.inputs(), "position_ids": positions, "use_cache": False, "return_dict": True, **options}
+        return {**batch.inputs(), POSITIONS: positions, "use_cache": False, "return_dict": True, **options}
 
     def _call(self, batch: Batch, **options: Any) -> Any:
         return self.model(**self._arguments(batch, **options))
@@ -414,15 +441,15 @@ class VLM:
                     self.model, self.processor, self.anatomy, batch, self._open_traces(), "forward", arguments
                 )
         with self._lock, self._putting_back():
-            every = [*self._edits(batch), *edits]
-            with session(self.model, self.anatomy, batch, traces=self._open_traces(), edits=every):
-                output = self._call(batch, logits_to_keep=logits_to_keep)
+            run, every = self._edited(batch)
+            with session(self.model, self.anatomy, run.batch, traces=self._open_traces(), edits=[*every, *edits]):
+                output = self._call(run.batch, logits_to_keep=logits_to_keep)
             if contrast is not None:
                 others = []
                 for view, its_edits in contrast.views(self._context(batch)):
                     with self._putting_back(), session(self.model, self.anatomy, view, edits=its_edits):
                         others.append(self._call(view, logits_to_keep=steps_of(batch)).logits)
-                output.logits = fuse(contrast, batch, output.logits, others)
+                output.logits = fuse(contrast, run.batch, output.logits, others)
         return output
 
     @torch.no_grad()
@@ -450,73 +477,94 @@ class VLM:
         nnsight = self._nnsight()
         if nnsight is not None and nnsight.remote is not False and seed is not None:
             raise UnsupportedError("sampling on a server cannot be repeated: a seed here does not reach it")
-        backtracking = backtracking_of(self._interventions)
-        if backtracking is not None:
-            said = self._decode_back(batch, plan, backtracking, seed)
-            if not self._traces:
-                return Generation.of(batch, self.tokenizer, said.tokens, plan.ends, said.tracebacks)
-            plan, seed, tracebacks = plan.saying(batch, said.tokens), None, said.tracebacks
-        else:
-            tracebacks = ()
-        with (
-            self._lock,
-            self._putting_back(),
-            torch.random.fork_rng(enabled=seed is not None),
-            contextlib.nullcontext(plan.arguments) if nnsight is not None else self._decoding(batch, plan) as arguments,
-        ):
-            if seed is not None:
-                torch.manual_seed(seed)
-            if nnsight is None:
-                output = self.model.generate(**arguments)  # type: ignore[operator]  # typed as a buffer of nn.Module
-            else:
-                output = nnsight.run(
-                    self.model,
-                    self.processor,
-                    self.anatomy,
-                    batch,
-                    self._open_traces(),
-                    "generate",
-                    plan.arguments,
-                    end_tokens=plan.ends,
-                )
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        return Generation.of(batch, self.tokenizer, sequences[:, batch.length :].tolist(), plan.ends, tracebacks)
-
-    def _decode_back(self, batch: Batch, plan: Plan, backtracking: BacktrackingDecoding, seed: int | None) -> Decoded:
         with self._lock, self._putting_back(), torch.random.fork_rng(enabled=seed is not None):
-            return decode_back(
-                *(self.model, self.anatomy, batch, backtracking, self._context(batch)),
-                edits=lambda: self._edits(batch),
-                plan=plan,
-                seed=seed,
-            )
+            start = time.perf_counter()
+            said = self._decode_back(batch, plan, seed)
+            if said is not None and not self._traces:
+                measured = {"n_image": said.n_image, "seconds": time.perf_counter() - start}
+                return Generation.of(
+                    batch, self.tokenizer, said.tokens, plan.ends, tracebacks=said.tracebacks, **measured
+                )
+            if said is not None:
+                plan, seed = plan.saying(said.tokens, batch.pad_token_id), None
+            if nnsight is not None:
+                run, edits = self._context(batch), list[AnyEdit]()
+                decoding: Any = contextlib.nullcontext({**batch.inputs(), **plan.arguments})
+            else:
+                run, edits = self._edited(batch)
+                decoding = self._decoding(run, edits, plan)
+            with decoding as arguments:
+                if seed is not None:
+                    torch.manual_seed(seed)
+                if nnsight is None:
+                    output = self.model.generate(**arguments)  # type: ignore[operator]  # typed as a buffer of nn.Module
+                else:
+                    output = nnsight.run(
+                        self.model,
+                        self.processor,
+                        self.anatomy,
+                        batch,
+                        self._open_traces(),
+                        "generate",
+                        arguments,
+                        end_tokens=plan.ends,
+                    )
+            sequences = output if isinstance(output, torch.Tensor) else output.sequences
+            rows = sequences[:, run.batch.length :].tolist()
+            seconds = time.perf_counter() - start
+        n_image = tuple(run.batch.image_mask.sum(dim=1).tolist())
+        tracebacks = () if said is None else said.tracebacks
+        return Generation.of(
+            batch, self.tokenizer, rows, plan.ends, n_image=n_image, seconds=seconds, tracebacks=tracebacks
+        )
+
+    def _decode_back(self, batch: Batch, plan: Plan, seed: int | None) -> Decoded | None:
+        """What is said under an intervention that goes back; None where none is in force."""
+        backtracking = backtracking_of(self._interventions)
+        if backtracking is None:
+            return None
+
+        def decoded(watch: Watch) -> Decoded:
+            with self._putting_back():
+                run, edits = self._edited(batch)
+                if seed is not None:
+                    torch.manual_seed(seed)
+                return decode_back(self.model, run, edits, backtracking, watch, plan)
+
+        watch = backtracking.watch(self._context(batch))
+        first = decoded(watch)
+        second = backtracking.again(watch, first)
+        return first if second is None else decoded(second)
 
     @contextmanager
-    def _decoding(self, batch: Batch, plan: Plan) -> Iterator[dict[str, Any]]:
+    def _decoding(self, run: RunContext, edits: Sequence[AnyEdit], plan: Plan) -> Iterator[dict[str, Any]]:
         """A session of one generation, with its contrast branches: gives the arguments of Hugging Face's `generate`."""
         contrast, pause = contrast_of(self._interventions), Pause()
-        edits = self._edits(batch)
-        views = [] if contrast is None else contrast.views(self._context(batch))
-        traces = self._open_traces()
+        views = [] if contrast is None else contrast.views(self._context(run.whole))
+        arguments = {**run.batch.inputs(), **plan.arguments}
         with session(
-            *(self.model, self.anatomy, batch),
-            traces=traces,
+            *(self.model, self.anatomy, run.batch),
+            traces=self._open_traces(),
             edits=edits,
             end_tokens=plan.ends,
             decoding=True,
             pause=pause,
         ):
             if contrast is None:
-                yield plan.arguments
-                return
-            with contrasted(self.model, self.anatomy, batch, contrast, views, plan.arguments, pause) as arguments:
                 yield arguments
+                return
+            untouched = not self._open_traces() and all(only_in_prefill(edit) for edit in edits)
+            with contrasted(
+                *(self.model, self.anatomy, run.batch, contrast, views, arguments, pause), untouched=untouched
+            ) as fused:
+                yield fused
 
     def measure(self, probe: Probe, batch: Batch, labels: Labels | None = None) -> None:
         """Run a batch, and the other versions of it that a probe asks for, and give the recordings to the probe.
 
         Interventions in force act on the batch itself; its other versions (without the image, say) run unmodified. A contrast
-        changes nothing that is recorded, and does not run.
+        changes nothing that is recorded, and does not run. Where edits of visual tokens shorten the prompts, the probe is
+        given the shortened batch, and the other versions are those of the whole one.
         """
         sites = probe.sites(self.anatomy)
         with self.trace(*sites) as trace:
@@ -528,7 +576,7 @@ class VLM:
             gradient_of = None if view.gradient_of is None else view.gradient_of(other, trace)
             with self._lock, torch.no_grad():
                 trace.views[name] = self._extra_pass(other, wanted, edits, gradient_of)
-        probe.update(batch, trace, labels)
+        probe.update(trace.batch or batch, trace, labels)
 
     def _backend(self, backend: str, remote: bool | str) -> NNsight | None:
         if backend not in ("hooks", "nnsight"):

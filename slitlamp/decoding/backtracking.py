@@ -20,7 +20,7 @@ columns after the last one that any row still needs are cut off: in a batch of o
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,7 +37,6 @@ from slitlamp.decoding.traceback_rules import Row, Watch
 from slitlamp.decoding.two_branch import ContrastDecoding
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.anatomy import Anatomy
-from slitlamp.models.batch import Batch
 from slitlamp.tracing.call import Calls
 from slitlamp.tracing.session import AnyEdit, Edit, session
 
@@ -50,11 +49,14 @@ CROPPABLE = ("full_attention", "cross_attention")
 
 @dataclass(frozen=True)
 class Decoded:
-    """What was said: per row its tokens, where decoding went back, and how many steps were looked at."""
+    """What was said: per row its tokens, where decoding went back, how many steps were looked at, and how many image tokens the
+    language model was given.
+    """
 
     tokens: tuple[tuple[int, ...], ...]
     tracebacks: tuple[tuple[Traceback, ...], ...]
     n_watched: tuple[int, ...]
+    n_image: tuple[int, ...]
 
 
 @dataclass(eq=False)
@@ -130,26 +132,23 @@ class _Reading:
 
 def decode_back(
     model: PreTrainedModel,
-    anatomy: Anatomy,
-    batch: Batch,
-    backtracking: BacktrackingDecoding,
     run: RunContext,
-    edits: Callable[[], Sequence[AnyEdit]],
+    edits: Sequence[AnyEdit],
+    backtracking: BacktrackingDecoding,
+    watch: Watch,
     plan: Plan,
-    seed: int | None,
 ) -> Decoded:
-    """Decode a batch, going back where the intervention says so.
+    """Decode a batch once, going back where it is stopped.
 
     Processors and warpers must be functions of the tokens and scores they are given: rows that have gone back are behind others,
     so that in a step they may be called several times, with texts of different lengths.
 
     Args:
-        model, anatomy, batch: of the run.
+        model: of the run.
+        run, edits: what the model runs over, and the edits of the other interventions in force.
         backtracking: the intervention.
-        run: what it may use.
-        edits: gives the edits of the other interventions in force, anew for each decoding.
+        watch: what stops it.
         plan: of a plain generation.
-        seed: of sampling; None for greedy decoding.
 
     Raises:
         UnsupportedError: decoding that is neither greedy nor sampling, a cache that cannot be cut off, or options that bring a
@@ -160,27 +159,7 @@ def decode_back(
             raise UnsupportedError(
                 f"{name} beside {backtracking.name}: it goes back in the text, which {name} does not know"
             )
-
-    def decoded(watch: Watch) -> Decoded:
-        if seed is not None:
-            torch.manual_seed(seed)
-        return _decode(model, anatomy, batch, backtracking, watch, edits(), plan)
-
-    watch = backtracking.watch(run)
-    first = decoded(watch)
-    second = backtracking.again(watch, first)
-    return first if second is None else decoded(second)
-
-
-def _decode(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    batch: Batch,
-    backtracking: BacktrackingDecoding,
-    watch: Watch,
-    edits: Sequence[AnyEdit],
-    plan: Plan,
-) -> Decoded:
+    batch = run.batch
     caps = (backtracking.max_tracebacks, backtracking.max_per_text)
     places = (None,) * batch.size if watch.places is None else watch.places
     rows = [Row(watch, one, caps, plan.ends, plan.arguments["max_new_tokens"]) for one in places]
@@ -198,7 +177,7 @@ def _decode(
         inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
         output = model(**inputs, return_dict=True)
         inputs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
-        columns = Columns(inputs, anatomy, calls, backtracking.name)
+        columns = Columns(inputs, run.anatomy, calls, backtracking.name)
         while True:
             logits = output.logits[:, -1].to(dtype=torch.float32, device=input_ids.device)
             scores = _processed(logits_processor, input_ids, logits, rows, batch.pad_token_id)
@@ -212,12 +191,14 @@ def _decode(
                 return torch.cat([input_ids, _padded(rows, input_ids, batch.pad_token_id)], dim=1)
             output = columns.next(model, input_ids, rows)
 
-    with session(model, anatomy, batch, edits=[*edits, reading.edit], end_tokens=plan.ends, decoding=True) as calls:
-        model.generate(**plan.arguments, custom_generate=loop)  # type: ignore[operator]  # as in `VLM.generate`
+    every = [*edits, reading.edit]
+    with session(model, run.anatomy, batch, edits=every, end_tokens=plan.ends, decoding=True) as calls:
+        model.generate(**{**batch.inputs(), **plan.arguments}, custom_generate=loop)  # type: ignore[operator]  # as in `VLM.generate`
     return Decoded(
         tuple(tuple(row.tokens) for row in rows),
         tuple(tuple(row.tracebacks) for row in rows),
         tuple(row.n_watched for row in rows),
+        tuple(batch.image_mask.sum(dim=1).tolist()),
     )
 
 
@@ -236,7 +217,8 @@ def _check_mode(config: GenerationConfig, criteria: Sequence[Any], whose: str) -
 
 def _take(rows: Sequence[Row], chosen: Tensor, found: Tensor, logits: Tensor, scores: Tensor, n_ranked: int) -> bool:
     """Give every row its token; returns whether any went back."""
-    confidence = (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp().tolist()
+    precise = logits.double()  # in float32, steps of which the model is sure could not be told apart
+    confidence = (precise.amax(dim=-1) - precise.logsumexp(dim=-1)).exp().tolist()
     best, ranked = scores.topk(min(n_ranked, scores.shape[-1]), dim=-1)
     allowed = (~best.isneginf()).sum(dim=-1).tolist()
     each = zip(rows, chosen.tolist(), found.tolist(), confidence, ranked.tolist(), allowed, strict=True)

@@ -65,12 +65,10 @@ def replace_tokens(chosen: Tensor, value: Tensor | float = 0.0) -> list[Edit]:
     """
 
     def replace(values: Tensor, calls: Calls) -> Tensor:
-        if not calls.is_prefill:
-            return values
         new = torch.as_tensor(value, dtype=values.dtype, device=values.device)
         return torch.where(chosen.to(values.device)[..., None], new, values)
 
-    return [Edit("resid_pre", 0, replace)]
+    return [Edit("resid_pre", 0, replace, prefill_only=True)]
 
 
 def add_direction(layer: int, direction: Tensor, scale: float, *, relative: bool = True) -> list[Edit]:

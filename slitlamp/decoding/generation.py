@@ -47,6 +47,9 @@ class Generation:
         texts: per row, the text without special tokens.
         spans: per row and token, the range of characters of `texts` that it stands for; empty for special tokens.
         stopped: per row, whether it ended by an end token rather than by the limit.
+        n_image: per row, how many image tokens the language model was given: those of the prompt, or what edits of visual tokens
+            left of them. For families that read the image by cross-attention, those that stand for it in the prompt.
+        seconds: wall time of the whole generation, with all extra passes of interventions.
         tracebacks: per row, where decoding went back, in order; () under no intervention that does.
     """
 
@@ -55,6 +58,8 @@ class Generation:
     texts: tuple[str, ...]
     spans: tuple[tuple[tuple[int, int], ...], ...]
     stopped: tuple[bool, ...]
+    n_image: tuple[int, ...] = ()
+    seconds: float = float("nan")
     tracebacks: tuple[tuple[Traceback, ...], ...] = ()
 
     def teacher_forced(self) -> Batch:
@@ -63,13 +68,17 @@ class Generation:
 
     @staticmethod
     def of(
-        batch: Batch,
-        tokenizer: Any,
-        rows: Sequence[Sequence[int]],
-        ends: Sequence[int],
-        tracebacks: tuple[tuple[Traceback, ...], ...] = (),
+        batch: Batch, tokenizer: Any, rows: Sequence[Sequence[int]], ends: Sequence[int], **measured: Any
     ) -> Generation:
-        """From what the model generated after each prompt: per row, ids up to the longest row's end."""
+        """From what the model generated after each prompt: per row, ids up to the longest row's end.
+
+        Args:
+            batch: the prompts.
+            tokenizer: which decodes the ids.
+            rows: of ids.
+            ends: ids that end a row.
+            measured: `n_image`, `seconds` and `tracebacks`.
+        """
         tokens, stopped = [], []
         for row in rows:
             end = next((place for place, token in enumerate(row) if token in ends), None)
@@ -82,7 +91,7 @@ class Generation:
             texts=tuple(text for text, _ in decoded),
             spans=tuple(spans for _, spans in decoded),
             stopped=tuple(stopped),
-            tracebacks=tracebacks,
+            **measured,
         )
 
     def __repr__(self) -> str:
@@ -127,24 +136,23 @@ def token_spans(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, tuple[tuple
 
 @dataclass(frozen=True)
 class Plan:
-    """How to generate: the arguments of Hugging Face's `generate`, and the ids that end a row."""
+    """How to generate: the arguments of Hugging Face's `generate` beside the batch's inputs, and the ids that end a row."""
 
     arguments: dict[str, Any]
     ends: tuple[int, ...]
 
-    def saying(self, batch: Batch, rows: Sequence[Sequence[int]]) -> Plan:
-        """The plan of a plain generation that can only say these tokens: per row of the batch, ids up to its end."""
+    def saying(self, rows: Sequence[Sequence[int]], pad_token_id: int) -> Plan:
+        """The plan of a plain generation that can only say these tokens: per row, ids up to its end."""
         arguments = {
-            **batch.inputs(),
             "max_new_tokens": max(map(len, rows)),
             "num_beams": 1,
             "do_sample": False,
             "temperature": None,
             "top_p": None,
             "top_k": None,
-            "pad_token_id": batch.pad_token_id,
+            "pad_token_id": pad_token_id,
             "eos_token_id": list(self.ends) or None,
-            "logits_processor": LogitsProcessorList([_Saying(rows, batch.pad_token_id)]),
+            "logits_processor": LogitsProcessorList([_Saying(rows, pad_token_id)]),
         }
         return Plan(arguments, self.ends)
 
@@ -203,7 +211,6 @@ def plan_generation(
     if not sample:  # a model's own defaults for sampling would only make transformers warn
         options = {"temperature": None, "top_p": None, "top_k": None, **options}
     arguments = {
-        **batch.inputs(),
         "max_new_tokens": max_new_tokens,
         "num_beams": 1,
         "pad_token_id": batch.pad_token_id,

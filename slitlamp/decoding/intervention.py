@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
 
 from slitlamp.errors import InputError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
+from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.session import AnyEdit
 from slitlamp.tracing.sites import Site
 from slitlamp.tracing.trace import Source, Trace
 
 Kind = Literal["input", "visual_tokens", "blocks", "logits"]
 KINDS: tuple[Kind, ...] = ("input", "visual_tokens", "blocks", "logits")
+
+
+class ExtraPass(Protocol):
+    """An extra forward pass of the model, with nothing but the edits that it is given."""
+
+    def __call__(
+        self, batch: Batch, sites: Sequence[Site], edits: Sequence[AnyEdit], gradient_of: Scalar | None = None
+    ) -> Trace:
+        """The recordings of some sites; with `gradient_of`, also the gradients with respect to them, in `trace.gradients`."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +37,23 @@ class RunContext:
     Attributes:
         batch: what the model is about to run on.
         anatomy: the model's anatomy.
-        trace: (batch, sites, edits) -> recordings of an extra forward pass with only those edits.
+        trace: (batch, sites, edits, gradient_of=None) -> recordings of an extra forward pass with only those edits.
         source: the model itself, for interventions that read its weights. Nothing may be written into it.
+        given: the batch as it was given, where edits of image tokens have changed it; None where none have.
+        kept: per row, int64 [image token]: which of the image tokens of `given` each of the batch's is; None where it has all.
     """
 
     batch: Batch
     anatomy: Anatomy
-    trace: Callable[[Batch, Sequence[Site], Sequence[AnyEdit]], Trace]
+    trace: ExtraPass
     source: Source
+    given: Batch | None = None
+    kept: tuple[Tensor, ...] | None = None
+
+    @property
+    def whole(self) -> Batch:
+        """The batch with all its image tokens and their pixels."""
+        return self.batch if self.given is None else self.given
 
 
 class Intervention(ABC):

@@ -1,4 +1,4 @@
-"""Decoding by contrast: the logits of a batch against those of other views of it, each branch with a cache of its own.
+"""Decoding by contrast: the logits of a batch against those of other views of it, each branch with keys and values of its own.
 
 With l the logits of the clean branch (the batch) and l' those of a contrast (another view of it), every step samples from
 
@@ -9,11 +9,13 @@ With l the logits of the clean branch (the batch) and l' those of a contrast (an
 All branches are given the same chosen tokens, from the prompts on; rows end by the chosen token alone.
 
 What else is in force acts on the clean branch: traces record it, edits of other interventions change it. A contrast is what the
-unmodified model says of the other view, under the edits of that view alone.
+unmodified model says of the other view, under the edits of that view alone. Where nothing is recorded or edited after the
+prompt, decode steps run over all branches at once (see `slitlamp.decoding.branches`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,15 +25,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
+from slitlamp.decoding.branches import Branch, Branches
 from slitlamp.decoding.intervention import Intervention, Kind, RunContext
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
 from slitlamp.tracing.pause import Pause
-from slitlamp.tracing.session import AnyEdit, session
+from slitlamp.tracing.session import AnyEdit, only_in_prefill, session
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +48,8 @@ class ContrastDecoding(Intervention):
     """An intervention that decodes from the logits of the batch against those of other views of it.
 
     Subclasses say which views (`views`) and how the logits are put together (`combine`). One may be in force at a time.
-    `generate` runs each view beside the batch, one forward pass per view and step. `forward` gives, at the positions whose
+    `generate` runs each view beside the batch: a forward pass over each prompt, then, where it can (see
+    `slitlamp.decoding.branches`), one per step over all of them, else one each. `forward` gives, at the positions whose
     logits a step of decoding would choose from (the last of the prompt and those of the continuation), the logits after APC of
     that step, and leaves those of earlier positions, which no step chooses from, as the clean branch has them.
 
@@ -135,106 +139,33 @@ def steps_of(batch: Batch) -> int:
     return max(batch.n_generated) + 1
 
 
-class _Branch:
-    """The contrast branch of one generation: what transformers prepared for it, with its own cache and positions.
+def _choosable(
+    contrast: ContrastDecoding, logits: Sequence[Tensor], ids: Tensor, step: int, processors: LogitsProcessorList
+) -> Tensor:
+    """The scores [batch, vocab] to choose from, after fusion, APC and the logits processors and warpers.
 
-    The preparation is that of the model's own `generate`, which hands it over through `custom_generate`.
+    Where the processors forbid every token that APC keeps (`min_new_tokens`, where the end is all but certain), APC is taken
+    anew over the tokens that are left; in such a step the processors are called again.
+
+    Args:
+        contrast: how to fuse.
+        logits: raw logits of the clean branch and of each view, [batch, vocab].
+        ids: int64 [batch, position], the prompts and what has been generated.
+        step: how many tokens have been generated before.
+        processors: what `generate` was asked for.
     """
-
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, pause: Pause) -> None:
-        self._model = model
-        self._pause = pause
-        self._generator: Any = None
-        self._ids: Tensor
-        self._inputs: dict[str, Any] = {}
-        paths = [path.rpartition(".")[::2] for path in anatomy.family.kept]
-        self._kept = [(model.get_submodule(owner), name) for owner, name in paths]
-        self._values = [getattr(owner, name) for owner, name in self._kept]
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """This branch alone runs; what the model keeps of a run in itself is that of this branch."""
-        theirs = [getattr(owner, name) for owner, name in self._kept]
-        with self._pause.set(False):
-            try:
-                self._put(self._values)
-                yield
-            finally:
-                self._values = [getattr(owner, name) for owner, name in self._kept]
-                self._put(theirs)
-
-    def _put(self, values: Sequence[Any]) -> None:
-        for (owner, name), value in zip(self._kept, values, strict=True):
-            setattr(owner, name, value)
-
-    def prepare(self, arguments: Mapping[str, Any]) -> None:
-        """Let `generate` prepare its inputs, cache and positions from its arguments."""
-
-        def take(
-            model: Any,
-            input_ids: Tensor,
-            logits_processor: LogitsProcessorList,
-            stopping_criteria: Any,
-            generation_config: GenerationConfig,
-            **model_kwargs: Any,
-        ) -> Tensor:
-            self._generator, self._ids, self._inputs = model, input_ids, model_kwargs
-            return input_ids
-
-        with self._running():
-            self._model.generate(**arguments, custom_generate=take)  # type: ignore[operator]  # as in `VLM.generate`
-
-    def next(self, chosen: Tensor | None) -> Tensor:
-        """Raw logits of the next token, float32 [batch, vocab].
-
-        Args:
-            chosen: int64 [batch], the tokens that were chosen last; None at the first step, which runs over the prompts.
-        """
-        length = None
-        if chosen is not None:
-            length = 1
-            self._ids = torch.cat([self._ids, chosen[:, None].to(self._ids.device)], dim=-1)
-        model = self._generator
-        with self._running():
-            inputs = model.prepare_inputs_for_generation(
-                self._ids, next_sequence_length=length, is_first_iteration=chosen is None, **self._inputs
-            )
-            output = model(**inputs, return_dict=True)
-        self._inputs = model._update_model_kwargs_for_generation(output, self._inputs, is_encoder_decoder=False)
-        return output.logits[:, -1].float()
-
-
-class _Fusing(LogitsProcessor):
-    """What takes the place of the logits processors of a generation: the fusion, then those processors."""
-
-    def __init__(
-        self, contrast: ContrastDecoding, branches: Sequence[_Branch], clean: Pause, rest: LogitsProcessorList
-    ) -> None:
-        self._contrast = contrast
-        self._branches = branches
-        self._clean = clean
-        self._rest = rest
-        self._step = 0
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """The scores [batch, vocab] to choose from.
-
-        Where the processors forbid every token that APC keeps (`min_new_tokens`, where the end is all but certain), APC is taken
-        anew over the tokens that are left; in such a step the processors are called again.
-        """
-        with self._clean.set(True):
-            chosen = input_ids[:, -1] if self._step else None
-            others = [one.next(chosen).to(scores.device) for one in self._branches]
-        step = torch.full(scores.shape[:1], self._step, device=scores.device)
-        self._step += 1
-        combined, left = self._contrast.combine(scores, others, step), scores
-        while True:
-            kept = plausible(left, self._contrast.beta) & left.isfinite()
-            found = self._rest(input_ids, combined.masked_fill(~kept, -torch.inf))
-            bare = found.isneginf().all(dim=-1, keepdim=True)
-            left = torch.where(bare & kept, -torch.inf, left)
-            if not bool((bare & left.isfinite()).any()):
-                return found
+    clean, *others = (one.to(ids.device) for one in logits)
+    combined = contrast.combine(clean, others, torch.full(clean.shape[:1], step, device=clean.device))
+    left = clean
+    while True:
+        kept = plausible(left, contrast.beta) & left.isfinite()
+        found: Tensor = processors(ids, combined.masked_fill(~kept, -torch.inf))  # type: ignore[arg-type]  # typed by old names
+        if not contrast.beta:  # nothing is left out that could be taken back
+            return found
+        bare = found.isneginf().all(dim=-1, keepdim=True)
+        left = torch.where(bare & kept, -torch.inf, left)
+        if not bool((bare & left.isfinite()).any()):
+            return found
 
 
 @contextmanager
@@ -246,6 +177,8 @@ def contrasted(
     views: Sequence[ContrastView],
     arguments: Mapping[str, Any],
     clean: Pause,
+    *,
+    untouched: bool,
 ) -> Iterator[dict[str, Any]]:
     """Contrast branches beside a generation: gives the arguments for `generate` that make it decode from the fused logits.
 
@@ -256,6 +189,7 @@ def contrasted(
         views: of the batch, from `contrast.views`.
         arguments: of a plain `generate` on the batch.
         clean: of the session of the clean branch, which is open.
+        untouched: whether nothing is recorded or edited in the decode steps of the clean branch.
 
     Raises:
         UnsupportedError: decoding that is neither greedy nor sampling, or arguments that bring a cache or a decoding loop.
@@ -265,35 +199,49 @@ def contrasted(
             raise UnsupportedError(f"{name} beside {contrast.name}: every branch has a cache and a loop of its own")
     options = {name: value for name, value in arguments.items() if name not in batch.inputs()}
     ours = {name: value for name, value in options.items() if name not in ("streamer", "logits_processor")}
-    branches = []
+    branches: list[Branch] = []
+    together = untouched and all(only_in_prefill(edit) for _, edits in views for edit in edits)
     with ExitStack() as stack:
         for other, edits in views:
             pause = Pause(on=True)
             with clean.set(True):
                 stack.enter_context(session(model, anatomy, other, edits=edits, decoding=True, pause=pause))
-                branches.append(_Branch(model, anatomy, pause))
+                branches.append(Branch(model, anatomy, other, pause))
                 branches[-1].prepare({**ours, **other.inputs()})
 
         def decode(
-            model: Any,
+            generator: Any,
             input_ids: Tensor,
             logits_processor: LogitsProcessorList,
             stopping_criteria: Any,
             generation_config: GenerationConfig,
             **model_kwargs: Any,
-        ) -> Any:
+        ) -> Tensor:
             mode = generation_config.get_generation_mode()
             if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
                 raise UnsupportedError(f"{mode.value} beside {contrast.name}: contrasts decode greedily or by sampling")
-            # given to `generate` as a processor, the fusion would run after transformers' own, and not see raw logits
-            fusing = _Fusing(contrast, branches, clean, logits_processor)
-            return model._sample(
-                input_ids,
-                logits_processor=LogitsProcessorList([fusing]),
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                streamer=arguments.get("streamer"),
-                **model_kwargs,
-            )
+            first = Branch(model, anatomy, batch, clean)
+            first.take(generator, input_ids, model_kwargs)
+            every = Branches([first, *branches], together=together)
+            streamer = arguments.get("streamer")
+            ids, chosen = input_ids, None
+            running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+            with clean.set(True):
+                for step in itertools.count():
+                    scores = _choosable(contrast, every.next(chosen), ids, step, logits_processor)
+                    if mode is GenerationMode.SAMPLE:  # as transformers draws, so that a seed gives the same tokens
+                        chosen = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
+                    else:
+                        chosen = scores.argmax(dim=-1)
+                    chosen = torch.where(running, chosen, batch.pad_token_id)
+                    ids = torch.cat([ids, chosen[:, None]], dim=-1)
+                    if streamer is not None:
+                        streamer.put(chosen.cpu())
+                    running = running & ~stopping_criteria(ids, None)
+                    if not bool(running.any()):
+                        break
+            if streamer is not None:
+                streamer.end()
+            return ids
 
         yield {**arguments, "custom_generate": decode}

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from slitlamp.decoding.edits import knock_out
+from slitlamp.decoding.pixel_views import Shade, filling_tiles, of_shade
 from slitlamp.errors import InputError, UnsupportedError, unknown
+from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
+from slitlamp.tracing.attention_edit import AttentionEdit
 from slitlamp.tracing.call import Calls
 from slitlamp.tracing.session import Edit
 
-ImageFree = Literal["deleted", "zero", "mean", "noise"]
+ImageFree = Literal["deleted", "unk", "zero", "mean", "noise", Shade]
 IMAGE_FREE: tuple[str, ...] = get_args(ImageFree)
 
 
@@ -35,10 +41,13 @@ def image_free(batch: Batch, how: ImageFree = "deleted", seed: int = 0) -> tuple
         batch: rows with images.
         how: "deleted": the image tokens are taken out, so that rows get shorter and positions shift (VHD, Eq. 3); text
             that a family writes around them (Qwen-VL: `<|vision_start|>`, `<|vision_end|>`; separators of tiles) stays;
+            "unk": each image (several images: each of them) is replaced by one token, the tokenizer's unknown word, as text
+            (VDD); otherwise as "deleted";
             "zero": image embeddings are set to 0 at equal length;
             "mean": each image embedding is replaced by the mean of its row's image embeddings;
             "noise": the pixels are replaced by one Gaussian noise image, the same for all rows; where the tower takes
-            images of any size, by one of each size.
+            images of any size, by one of each size;
+            "black", "grey", "white": the pixels are replaced by those of one shade, which the processor then normalises.
             What DeepStack adds to the residual stream (Qwen3-VL) is treated as the embeddings are.
         seed: of the noise.
 
@@ -48,15 +57,19 @@ def image_free(batch: Batch, how: ImageFree = "deleted", seed: int = 0) -> tuple
     Raises:
         InputError: a row without an image.
         UnsupportedError: "zero" or "mean" in a family that reads the image by cross-attention, which has no image
-            embeddings.
+            embeddings; "unk" with a tokenizer that has no such token.
         UnknownNameError: an unknown `how`.
     """
     check_image_free(how)
     _check_images(batch)
     if how == "deleted":
         return batch.without_images(), []
+    if how == "unk":
+        return _unknown_word(batch), []
     if how == "noise":
         return batch.with_pixels(_noise(batch, seed)), []
+    if how in ("black", "grey", "white"):
+        return batch.with_pixels(of_shade(batch, how)), []
     if batch.cross_mask is not None:
         raise UnsupportedError(
             f"this family reads the image by cross-attention: it has no image embeddings for {how!r} to replace; use "
@@ -64,16 +77,30 @@ def image_free(batch: Batch, how: ImageFree = "deleted", seed: int = 0) -> tuple
         )
 
     def replace(values: Tensor, calls: Calls) -> Tensor:
-        return _replaced(values, calls.batch.image_mask, how) if calls.is_prefill else values
+        return _replaced(values, calls.batch.image_mask, how)
 
     after = [edit for layer in batch.deepstack_layers for edit in _deepstack_edits(layer, how)]
-    return batch, [Edit("resid_pre", 0, replace), *after]
+    return batch, [Edit("resid_pre", 0, replace, prefill_only=True), *after]
 
 
 def _check_images(batch: Batch) -> None:
     if not batch.has_images:
         rows = [batch.ids[row] for row, some in enumerate(batch.image_mask.any(dim=1).tolist()) if not some]
         raise InputError(f"the image cannot be removed from rows without one: {', '.join(rows[:5])}")
+
+
+def _unknown_word(batch: Batch) -> Batch:
+    """The batch with one unknown word, a token of text, in the place of each image."""
+    if batch.unk_token_id is None:
+        raise UnsupportedError(
+            "this model's tokenizer has no token for unknown words (unk_token) to put in the place of an image; use 'deleted'"
+        )
+    slots = batch.with_image_slots(1)
+    return replace(
+        slots,
+        input_ids=slots.input_ids.masked_fill(slots.image_mask, batch.unk_token_id),
+        image_mask=torch.zeros_like(slots.image_mask),
+    )
 
 
 def _replaced(values: Tensor, mask: Tensor, how: str) -> Tensor:
@@ -90,18 +117,18 @@ def _deepstack_edits(layer: int, how: str) -> list[Edit]:
     before: list[Tensor] = []
 
     def keep(values: Tensor, calls: Calls) -> Tensor:
-        if calls.is_prefill:
-            before[:] = [values]
+        before[:] = [values]
         return values
 
     def replace(values: Tensor, calls: Calls) -> Tensor:
-        if not calls.is_prefill:
-            return values
         stream = before.pop().to(values.device)
         mask = calls.batch.image_mask.to(values.device)
         return torch.where(mask[..., None], stream + _replaced(values - stream, mask, how), values)
 
-    return [Edit("resid_post", layer, keep), Edit("resid_pre", layer + 1, replace)]
+    return [
+        Edit("resid_post", layer, keep, prefill_only=True),
+        Edit("resid_pre", layer + 1, replace, prefill_only=True),
+    ]
 
 
 def _noise(batch: Batch, seed: int) -> Tensor:
@@ -121,8 +148,7 @@ def _noise(batch: Batch, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     for tile in noise.flatten(1, -4).unbind(1) if pixels.ndim > 4 else [noise]:
         tile.copy_(torch.randn(pixels.shape[-3:], generator=generator))
-    # tiles that fill up a row are 0, by which some families know them
-    return torch.where((pixels == 0).flatten(-3).all(dim=-1)[..., None, None, None], 0, noise.to(pixels))
+    return torch.where(filling_tiles(pixels), 0, noise.to(pixels))
 
 
 def _draw(seed: int, *shape: int) -> Tensor:
@@ -166,7 +192,7 @@ def check_diffusion_step(step: int) -> None:
         raise InputError(f"a diffusion step must be one of 0 to {DIFFUSION_STEPS - 1}, found {step!r}")
 
 
-def only_tokens(batch: Batch, chosen: Sequence[Tensor], embedded: Tensor) -> tuple[Batch, list[Edit]]:
+def only_tokens(batch: Batch, chosen: Sequence[Tensor], embedded: Tensor) -> Batch:
     """A batch with some image tokens alone: the others are taken out, so that rows get shorter and positions shift.
 
     The features of the kept tokens are put in at the input of the first block; no pixels are left. Where the model gives
@@ -178,9 +204,6 @@ def only_tokens(batch: Batch, chosen: Sequence[Tensor], embedded: Tensor) -> tup
             are to stand; they stand where, in the prompt's order, the kept ones stood.
         embedded: [batch, image token, d_model], the inputs of the first block at image tokens: `resid_pre` of layer 0.
 
-    Returns:
-        The batch to run, and the edits to run it with.
-
     Raises:
         InputError: a row without an image.
         UnsupportedError: a family that reads the image elsewhere than at the input of the first block: by cross-attention, or
@@ -190,15 +213,74 @@ def only_tokens(batch: Batch, chosen: Sequence[Tensor], embedded: Tensor) -> tup
     if batch.cross_mask is not None or batch.deepstack_layers:
         how = "by cross-attention" if batch.cross_mask is not None else "in several layers (DeepStack)"
         raise UnsupportedError(f"this family reads the image {how}: it cannot be given some image tokens alone")
-    shorter = batch.with_image_tokens(chosen)
-    mask = shorter.image_mask
-    features = embedded.new_zeros(*mask.shape, embedded.shape[-1])
-    for row, numbers in enumerate(chosen):
-        features[row, mask[row].to(embedded.device)] = embedded[row, numbers.to(embedded.device)]
+    features = [embedded[row, numbers.to(embedded.device)] for row, numbers in enumerate(chosen)]
+    return batch.with_image_tokens(chosen, features)
 
-    def put(values: Tensor, calls: Calls) -> Tensor:
-        if not calls.is_prefill:
-            return values
-        return torch.where(mask.to(values.device)[..., None], features.to(values), values)
 
-    return shorter, [Edit("resid_pre", 0, put)]
+def soft_prompt(batch: Batch, embeddings: Tensor) -> Batch:
+    """A batch with given embeddings in the place of each image (the soft image prompt of LACING, arXiv 2411.12591).
+
+    Rows change their length where the image had another number of tokens, and positions shift; no pixels are left. Where the
+    model gives image tokens positions by row and column (Qwen-VL), these are counted as text is.
+
+    Args:
+        batch: rows with images.
+        embeddings: [token, d_model], inputs of the first block (`resid_pre` of layer 0).
+
+    Raises:
+        InputError: a row without an image.
+        UnsupportedError: a family that reads the image by cross-attention.
+    """
+    _check_images(batch)
+    if batch.cross_mask is not None:
+        raise UnsupportedError(
+            "this family reads the image by cross-attention: it has no image embeddings for a soft prompt to replace"
+        )
+    slots = batch.with_image_slots(len(embeddings))
+    n_images = (slots.image_mask.sum(dim=1) // len(embeddings)).tolist()
+    return slots.with_features([embeddings.repeat(n, 1) for n in n_images])
+
+
+def blocked(batch: Batch, anatomy: Anatomy, rho: float = 0.99, seed: int = 0) -> tuple[Batch, list[AttentionEdit]]:
+    """A batch in which no position attends to the image, but for a few image tokens (BDHS: Amirloo et al., arXiv 2407.02477).
+
+    For the i-th image token of a row a number rho_i is drawn evenly from [0, 1), the same for all rows; tokens of rho_i < rho
+    are hidden in all heads of all layers, before the softmax, at prefill and in every decode step, from text and from other
+    image tokens alike. Each keeps its attention to itself, so that no position is left with nothing to attend to. Whether the
+    paper hides image tokens from one another as well is not known to us.
+
+    Args:
+        batch: rows with images.
+        anatomy: of the model.
+        rho: 0.99, the paper's, leaves 1 in 100; 0 hides none; 1 all.
+        seed: of the draw.
+
+    Returns:
+        The batch to run, and the edits to run it with.
+
+    Raises:
+        InputError: a row without an image, or rho out of range.
+        UnsupportedError: a family that reads the image by cross-attention.
+    """
+    check_rho(rho)
+    _check_images(batch)
+    if batch.cross_mask is not None:
+        raise UnsupportedError(
+            "this family reads the image by cross-attention: its text does not attend to image tokens among its positions, "
+            "which could be blocked; use 'deleted' or 'noise'"
+        )
+    number = (batch.image_mask.cumsum(dim=1) - 1).clamp(min=0).cpu()
+    # numpy's draws do not depend on how many are drawn after them
+    drawn = torch.from_numpy(np.random.default_rng(seed).random(int(number.max()) + 1))
+    hidden = batch.image_mask & (drawn[number] < rho).to(batch.device)
+    return batch, knock_out(anatomy.layers("attention"), "all", hidden)
+
+
+def check_rho(rho: float) -> None:
+    """Refuse a share of blocked image tokens out of range.
+
+    Raises:
+        InputError: it is not between 0 and 1.
+    """
+    if not 0 <= rho <= 1:
+        raise InputError(f"rho, the share of image tokens that are blocked, must be between 0 and 1, found {rho!r}")

@@ -16,7 +16,15 @@ import pandas as pd
 from slitlamp.errors import InputError
 from slitlamp.evaluation.ground_truth import GroundTruth, ImageId, read_captions
 from slitlamp.evaluation.matched_recall import matched_recall, recall_curve
-from slitlamp.evaluation.statistics import FloatArray, Interval, cluster_bootstrap, paired_bootstrap, ratio
+from slitlamp.evaluation.statistics import (
+    INTERACTION,
+    FloatArray,
+    Interval,
+    cluster_bootstrap,
+    contrast_bootstrap,
+    paired_bootstrap,
+    ratio,
+)
 from slitlamp.evaluation.synonyms import Mention, Synonyms, n_words
 
 __all__ = [
@@ -26,6 +34,7 @@ __all__ = [
     "Mention",
     "Synonyms",
     "chair_differences",
+    "chair_interactions",
     "chair_mentions",
     "chair_rows",
     "chair_scores",
@@ -128,14 +137,30 @@ def chair_scores(rows: pd.DataFrame, **bootstrap: Any) -> pd.DataFrame:
 
 def chair_differences(rows_a: pd.DataFrame, rows_b: pd.DataFrame, **bootstrap: Any) -> pd.DataFrame:
     """Scores of b minus those of a on the same images, resampled together: columns of `chair_scores` and p."""
-    counts_a, counts_b = _image_counts(rows_a), _image_counts(rows_b)
-    alone = set(rows_a["image_id"]) ^ set(rows_b["image_id"])
-    if alone:
-        raise InputError(
-            f"paired comparison needs the same images: {len(alone)} on one side only, for example {next(iter(alone))!r}"
-        )
-    aligned = counts_b.loc[counts_a.index]
-    return _table(paired_bootstrap(counts_a, aligned, _chair_statistic, **bootstrap), len(rows_a))
+    counts_a, counts_b = _same_images(rows_a, rows_b)
+    return _table(paired_bootstrap(counts_a, counts_b, _chair_statistic, **bootstrap), len(rows_a))
+
+
+def chair_interactions(
+    rows: pd.DataFrame, rows_a: pd.DataFrame, rows_b: pd.DataFrame, rows_both: pd.DataFrame, **bootstrap: Any
+) -> pd.DataFrame:
+    """How far scores of a and b together are from the sum of what each changes alone; columns as in `chair_differences`.
+
+    The scores of `rows_both` - `rows_a` - `rows_b` + `rows` (the unmodified model), on the same images, resampled together.
+    """
+    counts = _same_images(rows, rows_a, rows_b, rows_both)
+    return _table(contrast_bootstrap(counts, INTERACTION, _chair_statistic, **bootstrap), len(rows))
+
+
+def _same_images(*rows: pd.DataFrame) -> list[pd.DataFrame]:
+    """The counts of each, images in the order of the first."""
+    first, *others = (_image_counts(one) for one in rows)
+    for one in others:
+        if alone := set(first.index) ^ set(one.index):
+            raise InputError(
+                f"paired comparison needs the same images: {len(alone)} on one side only, for example {next(iter(alone))!r}"
+            )
+    return [first, *(one.loc[first.index] for one in others)]
 
 
 def _captions(captions: pd.DataFrame) -> Sequence[tuple[ImageId, str]]:

@@ -24,7 +24,15 @@ from slitlamp.evaluation.pope_files import (
     read_tsv_images,
     write_pope,
 )
-from slitlamp.evaluation.statistics import FloatArray, Interval, cluster_bootstrap, paired_bootstrap, ratio
+from slitlamp.evaluation.statistics import (
+    INTERACTION,
+    FloatArray,
+    Interval,
+    cluster_bootstrap,
+    contrast_bootstrap,
+    paired_bootstrap,
+    ratio,
+)
 
 __all__ = [
     "METRICS",
@@ -39,6 +47,7 @@ __all__ = [
     "indefinite_article",
     "parse_answer",
     "pope_differences",
+    "pope_interactions",
     "pope_items",
     "pope_scores",
     "read_pope",
@@ -204,6 +213,34 @@ def pope_differences(
     Questions are matched by image and question_id, and by split where both have that column; a question that only one
     side has, or has twice, or labels differently, is an error.
     """
+    _check_same_questions(items_a, items_b)
+    images, counts_a = _image_counts(items_a, rule)
+    _, counts_b = _image_counts(items_b, rule)
+    table = _table(paired_bootstrap(counts_a, counts_b, _pope_statistic, **bootstrap), len(items_a), len(images))
+    return table
+
+
+def pope_interactions(
+    items: pd.DataFrame,
+    items_a: pd.DataFrame,
+    items_b: pd.DataFrame,
+    items_both: pd.DataFrame,
+    rule: Rule = "official",
+    **bootstrap: Any,
+) -> pd.DataFrame:
+    """How far scores of a and b together are from the sum of what each changes alone; columns as in `pope_differences`.
+
+    The scores of `items_both` - `items_a` - `items_b` + `items` (the unmodified model), questions matched as there.
+    """
+    four = (items, items_a, items_b, items_both)
+    for other in four[1:]:
+        _check_same_questions(items, other)
+    images, _ = _image_counts(items, rule)
+    counts = [_image_counts(one, rule)[1] for one in four]
+    return _table(contrast_bootstrap(counts, INTERACTION, _pope_statistic, **bootstrap), len(items), len(images))
+
+
+def _check_same_questions(items_a: pd.DataFrame, items_b: pd.DataFrame) -> None:
     keys = ["image", "question_id"] + ["split"] * ("split" in items_a.columns and "split" in items_b.columns)
     for name, items in (("a", items_a), ("b", items_b)):
         _require(items, (*keys, "label"), f"items {name}")
@@ -219,10 +256,6 @@ def pope_differences(
         )
     if (merged["label_a"] != merged["label_b"]).any():
         raise InputError(f"labels differ: {_first(merged[merged['label_a'] != merged['label_b']], keys)}")
-    images, counts_a = _image_counts(items_a, rule)
-    _, counts_b = _image_counts(items_b, rule)
-    table = _table(paired_bootstrap(counts_a, counts_b, _pope_statistic, **bootstrap), len(items_a), len(images))
-    return table
 
 
 def _image_counts(items: pd.DataFrame, rule: Rule) -> tuple[list[str], FloatArray]:

@@ -8,7 +8,7 @@ image first makes resampling whole images one matrix product, and keeps the depe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -24,6 +24,9 @@ Statistic = Callable[[FloatArray], FloatArray]
 """From summed counts `[..., k]` to one value `[...]` or several `[..., m]`; NaN where it is undefined."""
 BootstrapMethod = Literal["percentile", "bca"]
 CorrelationMethod = Literal["spearman", "pearson"]
+
+INTERACTION = (1.0, -1.0, -1.0, 1.0)
+"""Weights of an interaction in `contrast_bootstrap`: of the unmodified model, a, b, and both."""
 
 _CHUNK_VALUES = 8_000_000
 """Most resampling counts held at a time (64 MB)."""
@@ -141,19 +144,67 @@ def paired_bootstrap(
 
     `sums_a` and `sums_b` `[cluster, k]` list the same clusters in the same order; the rest as in `cluster_bootstrap`.
     """
-    a, b = as_counts(sums_a), as_counts(sums_b)
-    if a.shape != b.shape:
-        raise InputError(
-            f"paired_bootstrap needs the same clusters on both sides: found shapes {a.shape} and {b.shape}"
-        )
-    k = a.shape[1]
+    return contrast_bootstrap(
+        [sums_a, sums_b], [-1, 1], statistic, level=level, n_resamples=n_resamples, seed=seed, method=method
+    )
 
-    def difference(sums: FloatArray) -> FloatArray:
-        return _evaluate(statistic, sums[..., k:]) - _evaluate(statistic, sums[..., :k])
+
+def contrast_bootstrap(
+    sums: Sequence[ArrayLike],
+    weights: Sequence[float],
+    statistic: Statistic,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    method: BootstrapMethod = "percentile",
+) -> Interval | list[Interval]:
+    """Interval and p value of the sum of weight x statistic over several conditions, with the same resampled clusters in all.
+
+    With the weights `INTERACTION` it is what two changes do together beyond the sum of what each does alone.
+
+    Args:
+        sums: of each condition, `[cluster, k]`, of the same clusters in the same order.
+        weights: one per condition.
+        statistic: of the summed counts of one condition.
+        level, n_resamples, seed, method: as in `cluster_bootstrap`.
+    """
+    counts = [as_counts(one) for one in sums]
+    if len({one.shape for one in counts}) > 1:
+        raise InputError(
+            "a paired bootstrap needs the same clusters in all conditions: found shapes "
+            + " and ".join(str(one.shape) for one in counts)
+        )
+    if not counts or len(counts) != len(weights):
+        raise InputError(f"need one weight per condition: found {len(weights)} weights for {len(counts)} conditions")
+
+    def contrast(totals: FloatArray) -> FloatArray:
+        parts = np.split(totals, len(counts), axis=-1)
+        values = [weight * _evaluate(statistic, part) for weight, part in zip(weights, parts, strict=True)]
+        return np.sum(values, axis=0, dtype=np.float64)
 
     return cluster_bootstrap(
-        np.hstack([a, b]), difference, level=level, n_resamples=n_resamples, seed=seed, method=method, p_value=True
+        np.hstack(counts), contrast, level=level, n_resamples=n_resamples, seed=seed, method=method, p_value=True
     )
+
+
+def holm(p: ArrayLike) -> FloatArray:
+    """Holm-adjusted p values (1979), of the shape of `p`; NaN entries are no tests and stay NaN.
+
+    The least of m p values times m, the next times m - 1, and so on, none less than one before it and none above 1. Tests whose
+    adjusted p is at most alpha are right together with probability 1 - alpha, however they depend on each other.
+    """
+    values = np.asarray(p, dtype=np.float64)
+    tested = values[~np.isnan(values)]
+    if tested.size and (tested.min() < 0 or tested.max() > 1):
+        raise InputError(f"p values lie in [0, 1]: found {tested.min():.3g} to {tested.max():.3g}")
+    order = np.argsort(tested, kind="stable")
+    scaled = tested[order] * np.arange(tested.size, 0, -1)
+    adjusted = np.empty_like(tested)
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    result = np.full(values.shape, np.nan)
+    result[~np.isnan(values)] = adjusted
+    return result
 
 
 def benjamini_hochberg(p: ArrayLike) -> FloatArray:

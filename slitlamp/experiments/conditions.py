@@ -1,9 +1,11 @@
-"""The conditions of an experiment: the reference, the treatments, their matched controls, and what is compared."""
+"""The conditions of an experiment: the reference, the treatments, their matched controls and pairs, and what is compared."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
@@ -14,17 +16,20 @@ from slitlamp.experiments.names import check_name
 if TYPE_CHECKING:
     from slitlamp.decoding import Intervention
 
-Role = Literal["reference", "treatment", "control"]
+logger = logging.getLogger(__name__)
+
+Role = Literal["reference", "treatment", "control", "pair"]
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Interventions under one name; `control_of` names the treatment that a control belongs to."""
+    """Interventions under one name; `control_of` names the treatment of a control, `pair_of` the two treatments of a pair."""
 
     name: str
     interventions: tuple[Intervention, ...]
     role: Role
     control_of: str | None = None
+    pair_of: tuple[str, str] | None = None
 
     def describe(self) -> str:
         """What is done, in plain words."""
@@ -34,18 +39,23 @@ class Condition:
 
 
 def make_conditions(
-    given: Mapping[str, Sequence[Intervention]], controls: bool | Sequence[str] = False
+    given: Mapping[str, Sequence[Intervention]],
+    controls: bool | Sequence[str] = True,
+    pairs: bool | Sequence[str] = False,
 ) -> list[Condition]:
-    """The conditions in order, the first as the reference, every treatment followed by its controls.
+    """The conditions in order, the first as the reference, every treatment followed by its controls, the pairs last.
 
     Args:
         given: interventions by the name of the condition.
         controls: whether to add, for every treatment, the matched controls that its interventions declare (as
-            `<condition>_<control>`); a list keeps those of these names.
+            `<condition>_<control>`); a list keeps those of these names, and a treatment of whose controls it keeps none is
+            named in a warning.
+        pairs: whether to add, for every two treatments in their order, both together (as `<first>+<second>`, the interventions
+            of the first before those of the second); a list keeps the pairs among these treatments. Pairs have no controls.
 
     Raises:
-        InputError: no condition, a name that cannot be used, two conditions of one name, or `controls` that no
-            intervention declares.
+        InputError: no condition, a name that cannot be used, two conditions of one name, `controls` that no intervention
+            declares, or `pairs` of fewer than two treatments.
     """
     if not given:
         raise InputError("an experiment needs at least one condition, for example {'baseline': []}")
@@ -59,7 +69,14 @@ def make_conditions(
         if role == "treatment" and controls:
             own = _controls(name, interventions)
             declared |= {short for short, _ in own}
-            result += [one for short, one in own if wanted is None or short in wanted]
+            kept = [one for short, one in own if wanted is None or short in wanted]
+            if own and not kept:
+                logger.warning(
+                    "the treatment %r runs without a control: it declares %s, of which 'controls' keeps none",
+                    name,
+                    ", ".join(short for short, _ in own),
+                )
+            result += kept
     for short in wanted or ():
         if short not in declared:
             raise (
@@ -67,12 +84,32 @@ def make_conditions(
                 if declared
                 else InputError(f"no intervention declares controls; found {short!r}")
             )
+    result += _pairs([one for one in result if one.role == "treatment"], pairs)
     seen: set[str] = set()
     for one in result:
         if one.name in seen:
-            raise InputError(f"two conditions are called {one.name!r}; a control is called <condition>_<control>")
+            raise InputError(
+                f"two conditions are called {one.name!r}; a control is called <condition>_<control>, a pair <first>+<second>"
+            )
         seen.add(one.name)
     return result
+
+
+def _pairs(treatments: Sequence[Condition], wanted: bool | Sequence[str]) -> list[Condition]:
+    if not wanted and isinstance(wanted, bool):
+        return []
+    names = [one.name for one in treatments]
+    if not isinstance(wanted, bool):
+        for name in wanted:
+            if name not in names:
+                raise unknown("treatment in 'pairs'", name, names)
+        treatments = [one for one in treatments if one.name in wanted]
+    if len(treatments) < 2:
+        raise InputError(f"'pairs' needs at least two treatments; found {len(treatments)}")
+    return [
+        Condition(f"{a.name}+{b.name}", (*a.interventions, *b.interventions), "pair", pair_of=(a.name, b.name))
+        for a, b in combinations(treatments, 2)
+    ]
 
 
 def _controls(name: str, interventions: Sequence[Intervention]) -> list[tuple[str, Condition]]:

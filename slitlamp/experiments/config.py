@@ -107,7 +107,8 @@ class Config(_Strict):
     datasets: list[DatasetSpec] = Field(min_length=1)
     take: int | None = Field(default=None, ge=1)
     conditions: dict[str, list[ComponentSpec]] = Field(default_factory=_baseline, min_length=1)
-    controls: bool | list[str] = False
+    controls: bool | list[str] = True
+    pairs: bool | list[str] = False
     comparisons: list[tuple[str, str]] | None = None
     probes: list[ComponentSpec] = Field(default_factory=list)
     probe_conditions: list[str] | None = None

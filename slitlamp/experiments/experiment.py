@@ -42,7 +42,9 @@ class Experiment:
         seed: of sampling and of the bootstrap.
         output: the run folder. A killed run goes on in it, and ends with the same tables.
         controls: whether every treatment is joined by the matched controls its interventions declare; a list of names
-            keeps some.
+            keeps some. By default all are.
+        pairs: whether every two treatments are also tried together, and how far their joint effect is from the sum of the two;
+            a list of treatments keeps the pairs among them. Pairs that the model refuses are in the table `refused_pairs`.
         comparisons: pairs (condition, reference) beside those made anyway: all against the first, treatments against
             their controls.
         max_new_tokens: limit of an answer, for all tasks or by task; by default the data set's.
@@ -66,7 +68,8 @@ class Experiment:
     probes: Sequence[Probe] = ()
     seed: int = 0
     output: str | Path = "runs/experiment"
-    controls: bool | Sequence[str] = False
+    controls: bool | Sequence[str] = True
+    pairs: bool | Sequence[str] = False
     comparisons: Sequence[tuple[str, str]] | None = None
     max_new_tokens: int | Mapping[Task, int] | None = None
     batch_size: int = 16
@@ -113,7 +116,7 @@ class Experiment:
             **{
                 key: getattr(config, key)
                 for key in (
-                    *("seed", "controls", "comparisons", "batch_size", "probe_conditions", "probe_datasets"),
+                    *("seed", "controls", "pairs", "comparisons", "batch_size", "probe_conditions", "probe_datasets"),
                     *("causal", "perplexity", "showcase", "generation", "n_resamples", "level", "title"),
                 )
             },
@@ -154,7 +157,7 @@ class Experiment:
             The plan: the same experiment with names looked up and defaults filled in.
         """
         datasets = self._datasets()
-        conditions = make_conditions(self.conditions, self.controls)
+        conditions = make_conditions(self.conditions, self.controls, self.pairs)
         self._check_components(conditions)
         names = [one.name for one in conditions]
         known = {one.name: one for one in datasets}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from slitlamp.decoding import BacktrackingDecoding
@@ -67,6 +67,7 @@ class Plan:
                 name: [registry.describe(entry) for entry in entries] for name, entries in one.conditions.items()
             },
             "controls": one.controls if isinstance(one.controls, bool) else list(one.controls),
+            "pairs": (one.pairs if isinstance(one.pairs, bool) else list(one.pairs)) or None,
             "comparisons": [list(pair) for pair in one.comparisons or ()] or None,
             "probes": [registry.describe(probe) for probe in one.probes],
             "probe_conditions": self.probe_conditions,
@@ -102,3 +103,11 @@ class Plan:
     def condition(self, name: str) -> Condition:
         """A condition by name."""
         return next(one for one in self.conditions if one.name == name)
+
+    def without(self, names: set[str]) -> Plan:
+        """The same without some conditions and their comparisons."""
+        return replace(
+            self,
+            conditions=[one for one in self.conditions if one.name not in names],
+            comparisons=[pair for pair in self.comparisons if not names & set(pair)],
+        )

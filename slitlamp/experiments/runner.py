@@ -6,13 +6,13 @@ import copy
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from slitlamp.errors import RunFolderError, UnsupportedError
+from slitlamp.errors import InputError, RunFolderError, UnsupportedError
 from slitlamp.experiments import environment, storage
 from slitlamp.experiments.causal_checks import causal_tables, with_causal_sentences
 from slitlamp.experiments.conditions import Condition, condition_table
@@ -20,6 +20,7 @@ from slitlamp.experiments.config import ModelConfig
 from slitlamp.experiments.datasets import Dataset, Item
 from slitlamp.experiments.folder import CONFIG, ENVIRONMENT, PREDICTIONS, TABLES, Unit, UnitResult
 from slitlamp.experiments.models import load_model
+from slitlamp.experiments.pairs import refused_pairs
 from slitlamp.experiments.perplexity import negative_log_likelihood
 from slitlamp.experiments.plan import Plan
 from slitlamp.experiments.probing import Measured, encoded, give_source, joined, labels_of
@@ -28,6 +29,7 @@ from slitlamp.experiments.progress import progress_bar
 from slitlamp.experiments.run import Run
 from slitlamp.experiments.scores import score
 from slitlamp.experiments.showcase import make_showcase
+from slitlamp.experiments.verdicts import verdict_tables
 from slitlamp.tracing import Part
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class Runner:
         self._seconds: dict[str, float] = {}
         self._processes = Processes()
         self._vlm: VLM | None = None if isinstance(plan.model, ModelConfig) else plan.model
+        self._refused = pd.DataFrame()
 
     def run(self) -> Run:
         """Do what is left to do."""
@@ -120,12 +123,22 @@ class Runner:
                 "experiment in one process with device_map='auto', or load the whole model in each"
             )
         for condition in plan.conditions:
-            for one in condition.interventions:
-                one.check(self.vlm.anatomy)
+            if condition.pair_of is None:
+                with self.vlm.apply(*condition.interventions):
+                    pass  # refuses now what it would refuse in the middle of the run
+        self._leave_refused_pairs()
         for probe in plan.probes.values():
             probe.sites(self.vlm.anatomy)
         revision = plan.model.revision if isinstance(plan.model, ModelConfig) else None
         return environment.describe(self.vlm, revision, plan.experiment.seed, data, self._processes.size)
+
+    def _leave_refused_pairs(self) -> None:
+        """Go on without the pairs that the model does not take."""
+        self._refused = refused_pairs(self.plan.conditions, self.vlm)
+        for row in self._refused.itertuples(index=False):
+            if row.condition in self.plan.probe_conditions:
+                raise InputError(f"'probe_conditions' names {row.condition!r}, which cannot run: {row.reason}")
+        self.plan = self.plan.without(set(self._refused["condition"]))
 
     def _is_finished(self) -> bool:
         path = self.folder.path / ENVIRONMENT
@@ -256,8 +269,12 @@ class Runner:
                 "seed": plan.experiment.seed,
             }
             names = [one.name for one in plan.conditions]
-            tables = {"condition_info": condition_table(plan.conditions)}
-            tables |= score(plan.datasets, names, plan.comparisons, predictions, **bootstrap)
+            pairs = {one.name: one.pair_of for one in plan.conditions if one.pair_of is not None}
+            tables = {"condition_info": condition_table(plan.conditions), "token_counts": _token_counts(predictions)}
+            tables |= score(plan.datasets, names, plan.comparisons, predictions, pairs, **bootstrap)
+            tables |= verdict_tables(tables)
+            if plan.experiment.pairs:
+                tables["refused_pairs"] = self._refused
         if plan.probes:
             with self._timed("probes"):
                 measured = self._measured()
@@ -331,13 +348,22 @@ def _prediction_rows(unit: Unit, data: Dataset, items: Sequence[Item], generatio
         for item, n_prompt, n_image, text, tokens, stopped in zip(
             items,
             generation.batch.lengths,
-            generation.batch.image_mask.sum(dim=1).tolist(),
+            generation.n_image,
             generation.texts,
             generation.tokens,
             generation.stopped,
             strict=True,
         )
     ]
+
+
+def _token_counts(predictions: Mapping[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
+    """Per condition and data set, means over items: image tokens that the language model was given, and tokens generated."""
+    rows = [
+        (condition, dataset, len(frame), float(frame["n_image"].mean()), float(frame["n_tokens"].mean()))
+        for (condition, dataset), frame in predictions.items()
+    ]
+    return pd.DataFrame(rows, columns=["condition", "dataset", "n_items", "image_tokens", "new_tokens"])
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -10,14 +10,16 @@ import pandas as pd
 from slitlamp.errors import InputError
 from slitlamp.evaluation.chair import (
     chair_differences,
+    chair_interactions,
     chair_mentions,
     chair_rows,
     chair_scores,
     matched_recall,
     recall_curve,
 )
-from slitlamp.evaluation.pope import pope_differences, pope_items, pope_scores
+from slitlamp.evaluation.pope import pope_differences, pope_interactions, pope_items, pope_scores
 from slitlamp.experiments.datasets import Dataset
+from slitlamp.experiments.pairs import METRICS, interaction_table
 from slitlamp.experiments.perplexity import perplexity_differences, perplexity_scores
 
 Tables = dict[str, pd.DataFrame]
@@ -29,6 +31,7 @@ def score(
     conditions: Sequence[str],
     comparisons: Sequence[tuple[str, str]],
     predictions: Predictions,
+    pairs: Mapping[str, tuple[str, str]] | None = None,
     **bootstrap: Any,
 ) -> Tables:
     """All tables that follow from predictions.
@@ -39,14 +42,16 @@ def score(
         comparisons: pairs (condition, reference).
         predictions: by (condition, data set): a row per item, in the order of the items, with columns item and text, and, where
             captions are to have a perplexity, nll and n_tokens.
+        pairs: the two conditions that each of some conditions puts together.
         bootstrap: `n_resamples`, `level` and `seed` of the intervals.
 
     Returns:
         conditions and differences (a row per condition, data set and metric), pope_strict (POPE by the strict parser),
-        pope_items, chair_rows, chair_mentions, recall_curve, matched_recall (all conditions at one recall),
-        matched_differences (every pair of `comparisons` at the highest recall that both reach); a table that no data
-        set asks for is absent.
+        pope_items, chair_rows, chair_mentions, recall_curve, matched_recall (all conditions but `pairs` at one recall),
+        matched_differences (every pair of `comparisons` at the highest recall that both reach), interactions (of `pairs`, see
+        `slitlamp.experiments.pairs`); a table that no data set asks for is absent.
     """
+    pairs = pairs or {}
     parts: dict[str, list[pd.DataFrame]] = {}
 
     def add(name: str, frame: pd.DataFrame, **first: Any) -> None:
@@ -67,11 +72,24 @@ def score(
         for condition, reference in comparisons:
             frame = pope_differences(items[reference], items[condition], "official", **bootstrap)
             add("differences", frame, condition=condition, reference=reference, dataset=name, task="pope")
+        for both, (first, second) in pairs.items():
+            frame = pope_interactions(items[conditions[0]], items[first], items[second], items[both], **bootstrap)
+            add("interactions", frame, **_pair(pairs, both), dataset=name, task="pope")
 
     for one in datasets:
         if one.task == "captions":
-            _captions(one, conditions, comparisons, predictions, bootstrap, add)
-    return {name: _join(frames) for name, frames in parts.items()}
+            _captions(one, conditions, comparisons, pairs, predictions, bootstrap, add)
+    tables = {name: _join(frames) for name, frames in parts.items()}
+    if pairs:
+        kept = tables["interactions"]
+        kept = kept[[metric in METRICS[task] for metric, task in zip(kept["metric"], kept["task"], strict=True)]]
+        tables["interactions"] = interaction_table(kept.reset_index(drop=True), tables["differences"], conditions[0])
+    return tables
+
+
+def _pair(pairs: Mapping[str, tuple[str, str]], name: str) -> dict[str, str]:
+    first, second = pairs[name]
+    return {"condition": name, "first": first, "second": second}
 
 
 def _pope_items(dataset: Dataset, conditions: Sequence[str], predictions: Predictions) -> dict[str, pd.DataFrame]:
@@ -115,6 +133,7 @@ def _captions(
     dataset: Dataset,
     conditions: Sequence[str],
     comparisons: Sequence[tuple[str, str]],
+    pairs: Mapping[str, tuple[str, str]],
     predictions: Predictions,
     bootstrap: Mapping[str, Any],
     add: Any,
@@ -151,7 +170,11 @@ def _captions(
             reference=reference,
             dataset=dataset.name,
         )
-    add("matched_recall", matched_recall(mentions, truth, **bootstrap), dataset=dataset.name)
+    for both, (first, second) in pairs.items():
+        frame = chair_interactions(rows[conditions[0]], rows[first], rows[second], rows[both], **bootstrap)
+        add("interactions", frame, **_pair(pairs, both), dataset=dataset.name, task="captions")
+    alone = {name: found for name, found in mentions.items() if name not in pairs}
+    add("matched_recall", matched_recall(alone, truth, **bootstrap), dataset=dataset.name)
 
 
 def _has_perplexity(texts: pd.DataFrame) -> bool:

@@ -8,10 +8,16 @@ from typing import Any
 import pandas as pd
 
 from slitlamp.experiments.run import Run
+from slitlamp.experiments.verdicts import VERDICTS
+
+FEW = 3
+"""Most treatments with lines of their own; of more, the verdicts are said."""
 
 
 def summary(run: Run) -> list[str]:
     """One line each: POPE of the reference, CHAIR of the reference, what every treatment changes, and what its controls do.
+
+    Of more than `FEW` treatments, which verdict each has, metric by metric.
 
     Numbers carry their 95 % intervals over images (or those of the run's level).
     """
@@ -22,6 +28,9 @@ def summary(run: Run) -> list[str]:
     lines = [line for task in ("pope", "captions") if (line := _level(scores, reference, task))]
     if "differences" not in run.table_names:
         return lines + _probes(run)
+    verdicts = run.table("verdicts") if "verdicts" in run.table_names else None
+    if verdicts is not None and verdicts["treatment"].nunique() > FEW:
+        return lines + _verdicts(verdicts) + _probes(run)
     differences = run.table("differences")
     for treatment in info.loc[info["role"] == "treatment", "condition"].astype(str):
         controls = [str(one) for one in info.loc[info["control_of"] == treatment, "condition"]]
@@ -67,6 +76,19 @@ def _changes(differences: pd.DataFrame, treatment: str, reference: str, controls
         if controls and metric == "chair_i":
             parts = [f"{one} {_text(rows.loc[treatment, one], sign=True)}" for one in controls]
             lines.append(f"{name} of {treatment} beyond its controls: {'; '.join(parts)}")
+    return lines
+
+
+def _verdicts(table: pd.DataFrame) -> list[str]:
+    """A line per metric: the treatments by verdict, the best first."""
+    lines = []
+    for metric, name in (("chair_i", "CHAIR_i"), ("chair_i_matched", "CHAIR_i at equal recall"), ("f1", "POPE F1")):
+        rows = table[table["metric"] == metric]
+        if rows.empty:
+            continue
+        rows = rows[rows["dataset"] == _main_dataset(rows)]
+        found = {one: ", ".join(rows.loc[rows["verdict"] == one, "treatment"].astype(str)) for one in VERDICTS}
+        lines.append(f"{name}: {'; '.join(f'{one}: {names}' for one, names in found.items() if names)}")
     return lines
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from slitlamp.errors import InputError
 from slitlamp.models.patches import Patches
 
+POSITIONS = "position_ids"
+"""The input of the model that numbers its positions, where a batch brings one: 0-based, by row, 0 at padding."""
+
 
 @dataclass(frozen=True, eq=False)  # comparing tensors has no single truth value
 class Batch:
@@ -32,8 +35,10 @@ class Batch:
         n_generated: per row, how many tokens at the end continue the prompt (see `with_continuation`).
         extra: the other inputs of the model (`pixel_values`, ...).
         aligned: inputs that run along the positions, [batch, position, ...], 0 at padding (`token_type_ids`, ...).
-        fills: the value of each aligned input at tokens put after the prompt: a number, or "last" for that of the token
-            before.
+        fills: the value of each aligned input at tokens put after the prompt: a number, "last" for that of the token
+            before, or "next" for numbers that go on counting from it.
+        features: [batch, position, d_model], what stands at image tokens at the input of the first block in place of what
+            the model makes of pixels; None where it makes it.
         cross_mask: for families that read the image by cross-attention, bool [batch, key]: which keys of it are tokens
             of an image. None for all others.
         frames: for pixels given as patches, how many times each has the same pixels (Qwen-VL: an image is a film of 2
@@ -42,6 +47,8 @@ class Batch:
         always_pixels: whether the model must be given pixels also where no row has an image; nothing comes of them.
         pad_token_id: the id at padding positions.
         image_token_id: the id at image positions.
+        unk_token_id: the tokenizer's id of a word that it does not know; None where it has none.
+        black, white: per channel, what the image processor makes of pixels of 0 and of full brightness.
         groups: per row, what it shares with rows that are not independent of it: its image (see `grouped`). By default
             its id.
     """
@@ -57,11 +64,15 @@ class Batch:
     image_token_id: int
     extra: dict[str, Any] = field(default_factory=dict)
     aligned: dict[str, Tensor] = field(default_factory=dict)
-    fills: Mapping[str, int | Literal["last"]] = field(default_factory=dict)
+    fills: Mapping[str, int | Literal["last", "next"]] = field(default_factory=dict)
+    features: Tensor | None = None
     cross_mask: Tensor | None = None
     frames: int = 1
     deepstack_layers: tuple[int, ...] = ()
     always_pixels: bool = False
+    unk_token_id: int | None = None
+    black: tuple[float, ...] = ()
+    white: tuple[float, ...] = ()
     groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -168,6 +179,7 @@ class Batch:
             extra=extra,
             aligned={name: value.to(device) for name, value in self.aligned.items()},
             cross_mask=None if self.cross_mask is None else self.cross_mask.to(device),
+            features=None if self.features is None else self.features.to(device),
         )
 
     def _repacked(self, rows: Sequence[tuple[Tensor, Sequence[int]]], **changes: Any) -> Batch:
@@ -179,8 +191,12 @@ class Batch:
         aligned = {
             name: values.new_zeros(len(rows), length, *values.shape[2:]) for name, values in self.aligned.items()
         }
+        old = self.features
+        features = None if old is None else old.new_zeros(len(rows), length, old.shape[-1])
         for row, (kept, more) in enumerate(rows):
             start, end = length - len(kept) - len(more), length - len(more)
+            if features is not None and old is not None:
+                features[row, start:end] = old[row, kept.to(old.device)]
             ids[row, start:end] = self.input_ids[row, kept]
             ids[row, end:] = torch.tensor(list(more), dtype=ids.dtype, device=ids.device)
             mask[row, start:] = 1
@@ -188,8 +204,17 @@ class Batch:
             for name, values in aligned.items():
                 values[row, start:end] = self.aligned[name][row, kept]
                 fill = self.fills[name]
-                values[row, end:] = values[row, end - 1].clone() if fill == "last" else fill
-        return replace(self, input_ids=ids, attention_mask=mask, image_mask=image, aligned=aligned, **changes)
+                values[row, end:] = values[row, end - 1].clone() if isinstance(fill, str) else fill
+                if fill == "next":
+                    values[row, end:] += torch.arange(1, len(more) + 1, device=values.device)
+        found = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "image_mask": image,
+            "aligned": aligned,
+            "features": features,
+        }
+        return replace(self, **{**found, **changes})
 
     def _positions(self, mask: Tensor) -> list[Tensor]:
         """Per row, the positions at which a mask [batch, position] is true."""
@@ -198,7 +223,9 @@ class Batch:
     def without_images(self) -> Batch:
         """The same prompts with every image token deleted: shorter rows, no pixels (the image-free input of VHD)."""
         extra = {name: value[:1] for name, value in self.extra.items()} if self.always_pixels else {}
-        return replace(self.without_images_of([True] * self.size, extra), cross_mask=None)
+        bare = self.without_images_of([True] * self.size, extra)
+        aligned = {name: values for name, values in bare.aligned.items() if name != POSITIONS}
+        return replace(bare, cross_mask=None, features=None, aligned=aligned)
 
     def padded_left(self) -> Batch:
         """The batch with its padding before every row, wherever it was."""
@@ -223,14 +250,19 @@ class Batch:
             extra=extra,
         )
 
-    def with_image_tokens(self, chosen: Sequence[Tensor]) -> Batch:
-        """The batch with some image tokens alone and no pixels, for features that are put in by hand.
+    def with_image_tokens(
+        self, chosen: Sequence[Tensor], features: Sequence[Tensor], *, keep_positions: bool = False
+    ) -> Batch:
+        """The batch with some image tokens alone, and given features in place of pixels.
 
         The kept ones stay marked by `image_mask`, under the id of padding: the model would look for the image of an image id.
 
         Args:
             chosen: per row, int64 [kept], which image tokens are kept, numbered from 0 among the row's, in the order in which
                 they are to stand; they stand where, in the prompt's order, the kept ones stood.
+            features: per row, [kept, d_model], what stands at them at the input of the first block.
+            keep_positions: whether every token has the position that it has in this batch, so that there are gaps where tokens
+                went, rather than one after the other.
         """
         kept, patches = [], []
         for row, numbers in enumerate(chosen):
@@ -240,10 +272,60 @@ class Batch:
             patches.append(self.patches[row].take(numbers))
         extra = {name: value[:1] for name, value in self.extra.items()} if self.always_pixels else {}
         none: tuple[Image, ...] = ()
-        shorter = self._repacked(
+        whole = self._counted() if keep_positions else self
+        shorter = whole._repacked(
             [(one, ()) for one in kept], patches=tuple(patches), images=(none,) * self.size, extra=extra
         )
-        return replace(shorter, input_ids=shorter.input_ids.masked_fill(shorter.image_mask, self.pad_token_id))
+        ids = shorter.input_ids.masked_fill(shorter.image_mask, self.pad_token_id)
+        return replace(shorter, input_ids=ids, features=None).with_features(features)
+
+    def _counted(self) -> Batch:
+        """The batch with the number of every position among the row's as an input of the model."""
+        numbers = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        return replace(self, aligned={POSITIONS: numbers, **self.aligned}, fills={**self.fills, POSITIONS: "next"})
+
+    def with_features(self, features: Sequence[Tensor]) -> Batch:
+        """The batch with given features at its image tokens, whatever its pixels are.
+
+        Args:
+            features: per row, [image token, d_model], what stands at them at the input of the first block.
+        """
+        table = features[0].new_zeros(*self.image_mask.shape, features[0].shape[-1])
+        for row, values in enumerate(features):
+            table[row, self.image_mask[row].to(table.device)] = values
+        return replace(self, features=table)
+
+    def with_image_slots(self, n: int) -> Batch:
+        """The batch with `n` tokens in the place of each image, and no pixels, for what is put there by hand.
+
+        They stand where the image's first token stood, marked by `image_mask`, under the id of padding; what runs along the
+        positions is 0 at them, as at text of a prompt.
+
+        Args:
+            n: at least 1.
+        """
+        rows = []
+        for row, real in enumerate(self._positions(self.real_mask)):
+            inside = self.image_mask[row, real]
+            first = torch.ones(int(inside.sum()), dtype=torch.bool, device=real.device)
+            if self.cross_mask is None:  # else each image has one token already
+                image = self.patches[row].image.to(real.device)
+                first[1:] = image[1:] != image[:-1]
+            times = torch.ones_like(real)
+            times[inside] = n * first.long()
+            rows.append((real.repeat_interleave(times), ()))
+        extra = {name: value[:1] for name, value in self.extra.items()} if self.always_pixels else {}
+        none: tuple[tuple[Image, ...], ...] = ((),) * self.size
+        shorter = self._repacked(
+            rows, patches=(Patches.join([]),) * self.size, images=none, extra=extra, cross_mask=None, features=None
+        )
+        aligned = {
+            name: values.masked_fill(shorter.image_mask.view(*shorter.image_mask.shape, *[1] * (values.ndim - 2)), 0)
+            for name, values in shorter.aligned.items()
+            if name != POSITIONS
+        }
+        ids = shorter.input_ids.masked_fill(shorter.image_mask, self.pad_token_id)
+        return replace(shorter, input_ids=ids, aligned=aligned)
 
     def prompt_only(self) -> Batch:
         """The batch without its continuation."""
@@ -284,7 +366,7 @@ class Batch:
             raise InputError(
                 f"pixel_values of shape {tuple(pixel_values.shape)} for a batch with pixels of shape {shape}"
             )
-        return replace(self, extra={**self.extra, "pixel_values": pixel_values})
+        return replace(self, extra={**self.extra, "pixel_values": pixel_values}, features=None)
 
     def __repr__(self) -> str:
         images = [len(row) for row in self.images]

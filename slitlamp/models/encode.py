@@ -113,7 +113,8 @@ def encode(
         inputs[name], inputs[its_mask] = _padded_right(inputs[name], inputs[its_mask])
     aligned = {name: inputs.pop(name) for name in family.aligned if name in inputs}
     ids_, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
-    pad = processor.tokenizer.pad_token_id
+    pad, unk = processor.tokenizer.pad_token_id, processor.tokenizer.unk_token_id
+    black, white = _shades(processor.image_processor)
     batch = Batch(
         input_ids=ids_,
         attention_mask=mask,
@@ -131,6 +132,9 @@ def encode(
         frames=int(getattr(config.vision_config, "temporal_patch_size", None) or 1),
         deepstack_layers=anatomy.deepstack_layers,
         always_pixels=family.always_pixels,
+        unk_token_id=None if unk is None else int(unk),
+        black=black,
+        white=white,
     ).padded_left()
     return batch if given is loaded else _without_blanks(batch)
 
@@ -185,6 +189,18 @@ def _to(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+
+def _shades(image_processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per channel, what pixels of 0 and of full brightness become."""
+    full = 255.0
+    if getattr(image_processor, "do_rescale", None) is not False:  # None: the class's own rule, which is to do so
+        full *= float(getattr(image_processor, "rescale_factor", 1 / 255))
+    if getattr(image_processor, "do_normalize", None) is False:
+        return (0.0,) * 3, (full,) * 3
+    mean, std = ([float(one) for one in getattr(image_processor, name)] for name in ("image_mean", "image_std"))
+    black = tuple(-centre / spread for centre, spread in zip(mean, std, strict=True))
+    return black, tuple(one + full / spread for one, spread in zip(black, std, strict=True))
 
 
 def _check_no_video(processor: Any, text: str, row: int) -> None:

@@ -60,32 +60,32 @@ def t_vhd_histogram(data: RunData, width: float) -> Figure | None:
 @styled
 def pope(data: RunData, width: float) -> Figure | None:
     """POPE by split and condition: accuracy, F1 and yes ratio."""
-    table = data.table("conditions", "condition", "dataset", "metric", "value", "low", "high")
+    table = data.drawn_table("conditions", "dataset", "metric", "value", "low", "high")
     datasets = findings.pope_datasets(data)
     if table is None or not datasets:
         return None
     rows = table[table["dataset"].astype(str).isin(datasets)]
     shown = [name for name in POPE_METRICS if (rows["metric"] == name).any()]
     row = 0.1 if is_narrow(width) else 0.12
-    tall = 0.85 + len(datasets) * (0.2 + row * len(data.condition_names))
+    tall = 0.85 + len(datasets) * (0.2 + row * len(data.drawn))
     figure, axes = _panels(width, len(shown), tall, columns=1 if is_narrow(width) else len(shown), extra=0.5)
     for ax, name in zip(axes, shown, strict=True):
         conditions.pope_panel(rows, metric(name, "pope"), ax, styles=data.styles, names=data.short)
     _inner_labels_off(axes, width)
-    legend_below(figure, condition_handles(data.condition_names, data.styles, data.short))
+    legend_below(figure, condition_handles(data.drawn, data.styles, data.short))
     return figure
 
 
 @styled
 def chair(data: RunData, width: float) -> Figure | None:
     """CHAIR_i, CHAIR_s, recall and length of every condition."""
-    table = data.table("conditions", "condition", "dataset", "metric", "value", "low", "high")
+    table = data.drawn_table("conditions", "dataset", "metric", "value", "low", "high")
     datasets = findings.caption_datasets(data)
     if table is None or not datasets:
         return None
     rows = table[table["dataset"].astype(str) == datasets[0]]
     shown = [name for name in CHAIR_METRICS if (rows["metric"] == name).any()]
-    tall = 0.75 + 0.26 * len(data.condition_names)
+    tall = 0.75 + 0.26 * len(data.drawn)
     figure, axes = _panels(width, len(shown), tall, columns=1 if is_narrow(width) else 2)
     for ax, name in zip(axes, shown, strict=True):
         conditions.conditions_panel(rows, name, ax, styles=data.styles, names=data.short, reference=data.reference)
@@ -96,7 +96,7 @@ def chair(data: RunData, width: float) -> Figure | None:
 @styled
 def differences(data: RunData, width: float) -> Figure | None:
     """Paired differences to the reference for captions and for every POPE split."""
-    table = data.table("differences", "condition", "dataset", "metric", "value", "low", "high")
+    table = data.drawn_table("differences", "dataset", "metric", "value", "low", "high")
     if table is None:
         return None
     if "reference" in table.columns:
@@ -112,7 +112,7 @@ def differences(data: RunData, width: float) -> Figure | None:
     panels = [(name, rows, title) for name, rows, title in panels if (rows["metric"] == name).any()]
     if not panels:
         return None
-    tall = 0.75 + 0.26 * max(len(data.condition_names) - 1, 1)
+    tall = 0.75 + 0.26 * max(len(data.drawn) - 1, 1)
     figure, axes = _panels(width, len(panels), tall, columns=1 if is_narrow(width) else 2)
     for ax, (name, rows, title) in zip(axes, panels, strict=True):
         conditions.differences_panel(rows, name, ax, styles=data.styles, names=data.short, title=title)
@@ -123,14 +123,14 @@ def differences(data: RunData, width: float) -> Figure | None:
 @styled
 def recall_curve(data: RunData, width: float) -> Figure | None:
     """CHAIR_i against recall, with the comparison at equal recall."""
-    table = data.table("recall_curve", "condition", "cut", "recall", "chair_i")
+    table = data.drawn_table("recall_curve", "cut", "recall", "chair_i")
     if table is None:
         return None
     table = table[table["chair_i"].notna() & table["recall"].notna()]
     if table.empty:
         return None
-    matched = data.table("matched_recall", "condition", "recall", "value", "low", "high")
-    narrow, tall = is_narrow(width), 0.7 + 0.26 * len(data.condition_names)
+    matched = data.drawn_table("matched_recall", "recall", "value", "low", "high")
+    narrow, tall = is_narrow(width), 0.7 + 0.26 * len(data.drawn)
     if matched is None:
         figure = new_figure(width, 3.6)
         axes = [figure.add_subplot()]
@@ -147,18 +147,20 @@ def recall_curve(data: RunData, width: float) -> Figure | None:
             matched, metric("chair_i"), axes[1], styles=data.styles, names=data.short, reference=data.reference,
             title=f"CHAIR_i at recall {number(recall)}",
         )  # fmt: skip
-    legend_below(figure, condition_handles(data.condition_names, data.styles, data.short, lines=True))
+    legend_below(figure, condition_handles(data.drawn, data.styles, data.short, lines=True))
     return figure
 
 
 @styled
 def mention_index(data: RunData, width: float) -> Figure | None:
     """CHAIR_i by the order of mention."""
-    table = data.table("chair_mentions", "condition", "image_id", "index", "hallucinated")
+    table = data.drawn_table("chair_mentions", "image_id", "index", "hallucinated")
     shares = None if table is None else summaries.mention_index_shares(table)
     if shares is None or shares.empty:
         return None
-    figure = new_figure(width, 3.8 if is_narrow(width) else 3.6)
+    drawn = [name for name in data.drawn if name in set(shares["condition"])]
+    legend = max(len(drawn) - 6, 0) * (0.19 if is_narrow(width) else 0.07)
+    figure = new_figure(width, (3.8 if is_narrow(width) else 3.6) + legend)
     datasets = findings.caption_datasets(data)
     scores = data.table("conditions", "condition", "dataset", "metric", "value")
     overall = (
@@ -175,7 +177,6 @@ def mention_index(data: RunData, width: float) -> Figure | None:
         styles=data.styles,
         names=data.short,
     )
-    drawn = [name for name in data.condition_names if name in set(shares["condition"])]
     legend_below(figure, condition_handles(drawn, data.styles, data.short, lines=True))
     return figure
 

@@ -69,8 +69,8 @@ def conditions_panel(
         if name == reference and math.isfinite(float(row["value"])):
             reference_line(ax, float(row["value"]))
     category_axis(ax, [names.get(name, name) for name in order])
-    pad_limits(ax, *_extremes(rows))
-    ax.xaxis.set_major_locator(_locator())
+    pad_limits(ax, *extremes(rows))
+    ax.xaxis.set_major_locator(locator())
     ax.set_title(title or info.label)
     ax.set_xlabel(info.unit)
     return ax
@@ -112,8 +112,8 @@ def pope_panel(
     chance = math.nan if info.chance is None else info.chance
     reference_line(ax, chance, info.chance_name, kind="chance")
     category_axis(ax, [split_name(name) for name in datasets])
-    pad_limits(ax, *_extremes(rows), include=(chance,))
-    ax.xaxis.set_major_locator(_locator())
+    pad_limits(ax, *extremes(rows), include=(chance,))
+    ax.xaxis.set_major_locator(locator())
     ax.set_title(info.label, pad=15 if info.chance is not None else None)
     ax.set_xlabel(info.unit)
     return ax
@@ -151,20 +151,27 @@ def differences_panel(
         interval_point(ax, position, estimate, styles[str(row["condition"])], strong=estimate.excludes(0.0))
     reference_line(ax, 0.0, kind="zero")
     category_axis(ax, [names.get(str(name), str(name)) for name in rows["condition"]])
-    pad_limits(ax, *_extremes(rows), include=(0.0,))
-    ax.xaxis.set_major_locator(_locator())
+    pad_limits(ax, *extremes(rows), include=(0.0,))
+    ax.xaxis.set_major_locator(locator())
     ax.set_title(title or info.label)
-    better = {"lower": "← better", "higher": "better →"}.get(info.better, "")
-    ax.text(1, 1.03, better, transform=ax.transAxes, ha="right", va="bottom", fontsize=8, color=GREY, label="_better")
+    better_way(ax, info)
     ax.set_xlabel(f"difference ({info.unit})" if info.unit else "difference")
     return ax
 
 
-def _extremes(rows: pd.DataFrame) -> tuple[float, float]:
+def better_way(ax: Axes, info: Metric) -> None:
+    """Above the right corner, which way is better, where one is."""
+    better = {"lower": "← better", "higher": "better →"}.get(info.better, "")
+    ax.text(1, 1.03, better, transform=ax.transAxes, ha="right", va="bottom", fontsize=8, color=GREY, label="_better")
+
+
+def extremes(rows: pd.DataFrame) -> tuple[float, float]:
+    """The least and the greatest of value, low and high; NaN where there is none."""
     values = rows[["value", "low", "high"]].to_numpy(dtype=np.float64)
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max())) if finite.size else (math.nan, math.nan)
 
 
-def _locator() -> MaxNLocator:
+def locator() -> MaxNLocator:
+    """Few, round ticks."""
     return MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10])

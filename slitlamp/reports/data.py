@@ -14,10 +14,13 @@ import yaml
 from slitlamp.errors import RunFolderError
 from slitlamp.reports.style import ConditionStyle, condition_styles, short_names
 
+MANY = 24
+"""Conditions beyond which figures of all conditions leave controls to those of verdicts."""
+
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition: its role (reference, treatment or control), whose control it is, and what it does in words."""
+    """One condition: its role (reference, treatment, control or pair), whose control it is, and what it does in words."""
 
     name: str
     role: str
@@ -148,6 +151,20 @@ class RunData:
     def condition_names(self) -> list[str]:
         """Names of the conditions, the reference first."""
         return [condition.name for condition in self.conditions]
+
+    @property
+    def drawn(self) -> list[str]:
+        """Names of the conditions that are in figures of all conditions: no pairs, and of more than `MANY` no controls."""
+        alone = [one for one in self.conditions if one.role != "pair"]
+        return [one.name for one in alone if len(alone) <= MANY or one.role != "control"]
+
+    def drawn_table(self, name: str, *needed: str) -> pd.DataFrame | None:
+        """The rows of a table that are of the conditions of `drawn`; None where there is none."""
+        frame = self.table(name, "condition", *needed)
+        if frame is None:
+            return None
+        kept = frame[frame["condition"].astype(str).isin(self.drawn)]
+        return None if kept.empty else kept
 
     @property
     def reference(self) -> str | None:

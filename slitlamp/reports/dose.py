@@ -40,7 +40,7 @@ CONTROLS = (
 
 
 class Doses(NamedTuple):
-    """The method, the parameter that is swept, and its value by condition."""
+    """The method, the parameter that is swept, and its value by condition; of a parameter that is a list, its length."""
 
     method: str
     parameter: str
@@ -67,10 +67,16 @@ def doses(conditions: Mapping[str, Any]) -> Doses | None:
     varied = [key for key in first if any(parameters.get(key) != first[key] for _, parameters in found.values())]
     if len(varied) != 1:
         return None
-    values = {name: parameters.get(varied[0]) for name, (_, parameters) in found.items()}
-    if any(isinstance(one, bool) or not isinstance(one, int | float) for one in values.values()):
+    values = [parameters.get(varied[0]) for _, parameters in found.values()]
+    method, parameter = next(iter(found.values()))[0], varied[0]
+    if all(isinstance(one, list) for one in values):
+        values, parameter = [len(one) for one in values if isinstance(one, list)], f"number of {parameter}"
+    if len(set(map(str, values))) < len(values):
         return None
-    return Doses(next(iter(found.values()))[0], varied[0], {name: float(one) for name, one in values.items()})  # type: ignore[arg-type]
+    numbers = [float(one) for one in values if isinstance(one, int | float) and not isinstance(one, bool)]
+    if len(numbers) < len(values):
+        return None
+    return Doses(method, parameter, dict(zip(found, numbers, strict=True)))
 
 
 def dose_scores(data: RunData) -> pd.DataFrame | None:

@@ -14,7 +14,18 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from slitlamp.errors import InputError, unknown
-from slitlamp.reports import compose, dose, findings, head_layers, notes, probe_findings, probe_sections, skipping
+from slitlamp.reports import (
+    compose,
+    dose,
+    findings,
+    head_layers,
+    interactions,
+    notes,
+    probe_findings,
+    probe_sections,
+    skipping,
+    verdicts,
+)
 from slitlamp.reports.data import RunData
 from slitlamp.reports.drawing import Drawing
 from slitlamp.reports.style import WIDE, style
@@ -34,6 +45,9 @@ class RunFigure:
 
 
 FIGURES: Final[dict[str, RunFigure]] = {
+    "verdicts": RunFigure(
+        "Does it beat its control?", verdicts.verdicts, verdicts.verdicts_note, verdicts.verdict_findings
+    ),
     "differences": RunFigure(
         "What each condition changes", compose.differences, notes.differences, findings.control_findings
     ),
@@ -81,6 +95,12 @@ SWEEPS: Final[dict[str, RunFigure]] = {
     ),
     "subnetwork_masks": RunFigure(
         "Subnetworks against masks of equal size", skipping.subnetworks, skipping.subnetworks_note, lambda data: []
+    ),
+    "interaction_matrix": RunFigure(
+        "Two at a time",
+        interactions.interaction_matrix,
+        interactions.interaction_note,
+        interactions.interaction_findings,
     ),
     "dose_response": RunFigure("How much of it", dose.dose_response, dose.dose_response_note, dose.dose_findings),
     "generation_time": RunFigure(

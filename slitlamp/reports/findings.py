@@ -24,6 +24,9 @@ from slitlamp.reports.wording import (
 FEW_IMAGES = 30
 """Below this many images a bootstrap over images is not to be trusted, and the report says so."""
 
+MANY_TREATMENTS = 6
+"""Beyond as many, what is said of each treatment and each of its controls is left to the verdicts."""
+
 
 def quoted(name: str) -> str:
     """The name of a condition in quotation marks, so that it stands apart from the sentence."""
@@ -148,11 +151,7 @@ def pope_findings(data: RunData) -> list[str]:
     pooled = next((name for name in found if split_name(name) == "all"), hardest)
     where = "on all questions together" if pooled != hardest else f"on {split_name(hardest)} questions"
     sentences = [sentence(f"with {quoted(reference)} {join(clauses)}")]
-    effects = [
-        (one.name, difference(data, one.name, reference, pooled, "accuracy"))
-        for one in data.conditions
-        if one.name != reference
-    ]
+    effects = [(one, difference(data, one, reference, pooled, "accuracy")) for one in data.drawn if one != reference]
     known = [(name, effect) for name, effect in effects if effect is not None]
     if known:
         sentences.append(sentence(f"{where} {changes([(quoted(name), one) for name, one in known], 'accuracy')}"))
@@ -196,11 +195,7 @@ def chair_findings(data: RunData) -> list[str]:
             first += f"; {whole.text()} of its captions name at least one such object"
         sentences.append(sentence(first if base.defined else f"CHAIR_i of {quoted(reference)} is not defined here"))
         for name in ("chair_i", "recall"):
-            effects = [
-                (one, difference(data, one, reference, dataset, name))
-                for one in data.condition_names
-                if one != reference
-            ]
+            effects = [(one, difference(data, one, reference, dataset, name)) for one in data.drawn if one != reference]
             known = [(one, effect) for one, effect in effects if effect is not None]
             if known:
                 sentences.append(
@@ -215,10 +210,18 @@ def chair_findings(data: RunData) -> list[str]:
 
 
 def control_findings(data: RunData, name: str = "chair_i") -> list[str]:
-    """For every treatment: its effect, and whether the effect goes beyond that of each of its controls."""
+    """For every treatment: its effect, and whether the effect goes beyond that of each of its controls.
+
+    Of many treatments, the effects in one sentence: the verdicts say what goes beyond controls.
+    """
     reference, label = data.reference, metric(name).label
     sentences: list[str] = []
     for dataset in caption_datasets(data) if name.startswith("chair") else pope_datasets(data):
+        if len(treatments(data)) > MANY_TREATMENTS:
+            known = [(one, difference(data, one, str(reference), dataset, name)) for one in treatments(data)]
+            text = changes([(quoted(one), effect) for one, effect in known if effect is not None], label)
+            sentences += [sentence(text)] if text else []
+            continue
         for treatment in treatments(data):
             effect = None if reference is None else difference(data, treatment, reference, dataset, name)
             if effect is None or reference is None:

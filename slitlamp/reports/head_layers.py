@@ -137,16 +137,25 @@ def reinforced_layers_note(data: RunData) -> str:
 
 
 def generation_times(data: RunData) -> pd.DataFrame | None:
-    """Seconds of generation by condition, from the run's environment: condition, seconds, ratio (to the reference)."""
+    """Seconds of generation by condition, from the run's environment: condition, seconds, ratio (to the reference), and
+    image_tokens (the mean number that the language model was given) where conditions differ in it.
+    """
     timing = data.environment.get("timing")
     if not isinstance(timing, Mapping):
         return None
-    found = {name: timing.get(f"generate {name}") for name in data.condition_names}
+    found = {name: timing.get(f"generate {name}") for name in data.drawn}
     rows = [(name, float(seconds)) for name, seconds in found.items() if isinstance(seconds, int | float)]
     if len(rows) < 2 or rows[0][1] <= 0:
         return None
     table = pd.DataFrame(rows, columns=["condition", "seconds"])
-    return table.assign(ratio=table["seconds"] / table["seconds"].iloc[0])
+    table = table.assign(ratio=table["seconds"] / table["seconds"].iloc[0])
+    counts = data.table("token_counts", "condition", "n_items", "image_tokens")
+    if counts is None:
+        return table
+    sums = (counts["image_tokens"] * counts["n_items"]).groupby(counts["condition"].astype(str)).sum()
+    means = sums / counts["n_items"].groupby(counts["condition"].astype(str)).sum()
+    given = table["condition"].map(means)
+    return table.assign(image_tokens=given) if given.nunique() > 1 else table
 
 
 @styled
@@ -163,12 +172,13 @@ def generation_time(data: RunData, width: float) -> Figure | None:
             place, row["seconds"], height=0.62, facecolor=look.colour if look.filled else "white", edgecolor=look.colour,
             hatch="" if look.filled else "////", linewidth=1.0,
         )  # fmt: skip
+        tokens = f", {row['image_tokens']:.0f} image tokens" if "image_tokens" in row else ""
         ax.annotate(
-            f"×{row['ratio']:.2f}", (row["seconds"], place), xytext=(4, 0), textcoords="offset points", va="center",
+            f"×{row['ratio']:.2f}{tokens}", (row["seconds"], place), xytext=(4, 0), textcoords="offset points", va="center",
             fontsize=8,
         )  # fmt: skip
     category_axis(ax, [data.short[str(name)] for name in table["condition"]])
-    ax.set_xlim(0, float(table["seconds"].max()) * 1.18)
+    ax.set_xlim(0, float(table["seconds"].max()) * (1.7 if "image_tokens" in table else 1.18))
     ax.set_xlabel("generation, seconds in all")
     return figure
 

@@ -34,6 +34,13 @@ _METRICS: Final = (
         "share of the objects named in captions that are not in the image",
     ),
     Metric(
+        "chair_i_matched",
+        "CHAIR_i at equal recall",
+        "share of mentions",
+        "lower",
+        "CHAIR_i with every caption cut so that both sides of a comparison name the same share of the true objects",
+    ),
+    Metric(
         "chair_s",
         "CHAIR_s",
         "share of captions",

@@ -14,16 +14,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from slitlamp.experiments.storage import write_bytes
-from slitlamp.reports import compose, findings, probe_sections, tables
+from slitlamp.reports import compose, findings, probe_sections, tables, verdicts
 from slitlamp.reports.data import RunData
 from slitlamp.reports.figures import FIGURES, RunFigure, run_figures, to_png, to_svg
 from slitlamp.reports.metrics import DEFINITIONS, METRICS, is_pope, split_name
 from slitlamp.reports.showcase import Scene, read_scenes
 from slitlamp.reports.style import NARROW, WIDE
+from slitlamp.reports.tables import Table
 from slitlamp.reports.wording import count
 from slitlamp.reports.words import coloured_words, words_legend
 
 _TERMS: Final = {
+    "verdicts": ("control", "matched recall", "interval"),
     "differences": ("VHR", "control", "interval"),
     "pope": ("POPE",),
     "chair": ("CHAIR",),
@@ -32,7 +34,10 @@ _TERMS: Final = {
     "t_vhd_histogram": ("T-VHD",),
 }
 """The terms that are explained at the beginning of each section."""
-_WHOLE_TABLES: Final = ("conditions", "differences", "matched_recall", "matched_differences", "pope_strict")
+_WHOLE_TABLES: Final = (
+    *("verdicts", "verdict_controls", "interactions", "refused_pairs"),
+    *("conditions", "differences", "matched_recall", "matched_differences", "pope_strict"),
+)
 
 
 @dataclass
@@ -48,6 +53,7 @@ class Section:
     note: str = ""
     shows: list[str] = field(default_factory=list)
     scenes: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -78,6 +84,8 @@ def _section(data: RunData, name: str, one: RunFigure) -> Section | None:
     write_bytes(data.folder / "figures" / f"{name}.png", to_png(drawn))
     terms = [DEFINITIONS[term].replace("{level}", data.level) for term in _TERMS.get(name, ()) if _applies(data, term)]
     section = Section(name, one.title, terms, note=one.note(data), shows=one.shows(data))
+    if name == "verdicts":
+        section.tables = verdicts.verdict_tables(data)
     draw = one.draw
     if name == "caption_words":
         section.scenes = [_scene(one) for one in read_scenes(data)]
@@ -136,7 +144,7 @@ def _context(data: RunData, sections: list[Section]) -> dict[str, Any]:
         "style": Markup((resources.files("slitlamp.reports") / "templates" / "report.css").read_text(encoding="utf-8")),
         "facts": _facts(data),
         "conditions": data.conditions,
-        "headline": [*probe_sections.headline(data), *findings.headline(data)],
+        "headline": [*probe_sections.headline(data), *(verdicts.headline(data) or findings.headline(data))],
         "gloss": _gloss(data),
         "tables": [one for one in (tables.headline_table(data), tables.control_table(data)) if one is not None],
         "sections": sections,
@@ -199,7 +207,7 @@ def _limits(data: RunData) -> list[str]:
         "stay together). They say how much the numbers would move with other images of the same kind; they say "
         "nothing about other models, prompts or data.",
         "Differences are paired: both sides see the same images. They are not corrected for the number of comparisons "
-        "on this page; read one of many that just excludes zero with care.",
+        "on this page, but for the p values that say so; read one of many that just excludes zero with care.",
     ]
     n = findings.fewest_images(data)
     if n is not None and n < findings.FEW_IMAGES:

@@ -7,6 +7,7 @@ from slitlamp.tracing.session import AnyEdit, Edit, session
 from slitlamp.tracing.site_checks import check_sites
 from slitlamp.tracing.sites import Site, canonical_name
 from slitlamp.tracing.trace import SiteRecord, Step, Trace
+from slitlamp.tracing.weights_edit import WeightsEdit
 
 __all__ = [
     "AnyEdit",
@@ -23,6 +24,7 @@ __all__ = [
     "Step",
     "Trace",
     "View",
+    "WeightsEdit",
     "canonical_name",
     "check_sites",
     "session",

@@ -1,4 +1,4 @@
-"""Edits of attention before the softmax: (query, key) pairs that are cut, or a bias that is added to their scores.
+"""Edits of attention before the softmax: (query, key) pairs that are cut or shown, or a bias that is added to their scores.
 
 An edit acts in the model's own attention function: the rows it asks for are given another mask, all others are left as they
 are, bit for bit. What is held at once is the mask of one block of edited rows, [batch, head or 1, block, key] with at most
@@ -10,16 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.anatomy import Anatomy
-from slitlamp.tracing.attention_rows import QueryRows, block_rows, take_rows
+from slitlamp.tracing.attention_rows import QueryRows, block_rows, row_index, take_rows
 from slitlamp.tracing.call import Calls, Selection
 from slitlamp.tracing.site_checks import n_layers_of
 from slitlamp.tracing.sites import TEXT_POSITIONS, Positions
+
+if TYPE_CHECKING:
+    from slitlamp.tracing.weights_edit import WeightsEditor
 
 Scores = Callable[[QueryRows], Tensor]
 """Query rows -> their scores before any mask, [batch, head, chosen, key]."""
@@ -29,8 +33,8 @@ Scores = Callable[[QueryRows], Tensor]
 class AttentionEdit:
     """A change of the scores of a layer's self-attention, before the softmax.
 
-    Several edits of one layer add up: their biases are summed, and a pair is cut if one of them cuts it. A recording of
-    `attention` shows the edited weights; those of a pair that is cut are 0.
+    Several edits of one layer add up: their biases are summed, and a pair is cut if one of them cuts it, also one that
+    another shows. A recording of `attention` shows the edited weights; those of a pair that is cut are 0.
 
     Attributes:
         layer: 0-based layer of the language model.
@@ -41,12 +45,16 @@ class AttentionEdit:
         queries: the rows that are edited; those of padding never are.
         relative: whether what `function` gives in floating point, finite, is in units of the absolute score |a| of its pair: a
             becomes a + given * |a|. a is the model's own score, scaled and soft-capped, before any mask or edit.
+        shows: whether the pairs, bool, that `function` gives are pairs that may be attended to although the model hides
+            them because the key comes after the query. Only keys of the prompt are shown, for a token that is generated does
+            not exist yet; never those of padding; and pairs that the model hides for another reason stay hidden.
     """
 
     layer: int
     function: Callable[[Tensor, Tensor, Calls], Tensor]
     queries: Positions = "all"
     relative: bool = False
+    shows: bool = False
 
 
 def check_attention_edit(edit: AttentionEdit, anatomy: Anatomy, calls: Calls) -> None:
@@ -56,27 +64,45 @@ def check_attention_edit(edit: AttentionEdit, anatomy: Anatomy, calls: Calls) ->
         InputError: a layer outside the model, or rows that are no name of positions and no mask of the batch's shape.
         UnsupportedError: a layer without self-attention of its own.
     """
-    n_layers = n_layers_of("attention", anatomy)
-    if not 0 <= edit.layer < n_layers:
-        raise InputError(f"an edit of the attention of layer {edit.layer}; the model has layers 0 to {n_layers - 1}")
-    anatomy.place("attention", edit.layer)
+    check_place("attention", edit.layer, "the attention", anatomy)
+    check_rows(edit.queries, "an attention edit", calls)
+
+
+def check_place(site: str, layer: int, what: str, anatomy: Anatomy) -> None:
+    """Refuse a layer that a model does not have, or that has no attention of this kind."""
+    n_layers = n_layers_of(site, anatomy)
+    if not 0 <= layer < n_layers:
+        raise InputError(f"an edit of {what} of layer {layer}; the model has layers 0 to {n_layers - 1}")
+    anatomy.place(site, layer)
+
+
+def check_rows(queries: Positions, what: str, calls: Calls) -> None:
+    """Refuse query rows that are no name of positions and no mask of the batch's shape."""
     shape = [calls.batch.size, calls.batch.length]
-    if isinstance(edit.queries, Tensor):
-        if list(edit.queries.shape) != shape or edit.queries.dtype != torch.bool:
-            raise InputError(
-                f"the rows of an attention edit: expected bool {shape}, found {edit.queries.dtype} "
-                f"{list(edit.queries.shape)}"
-            )
-    elif edit.queries not in TEXT_POSITIONS:
-        raise InputError(f"the rows of an attention edit: {edit.queries!r} is not one of {', '.join(TEXT_POSITIONS)}")
+    if isinstance(queries, Tensor):
+        if list(queries.shape) != shape or queries.dtype != torch.bool:
+            raise InputError(f"the rows of {what}: expected bool {shape}, found {queries.dtype} {list(queries.shape)}")
+    elif queries not in TEXT_POSITIONS:
+        raise InputError(f"the rows of {what}: {queries!r} is not one of {', '.join(TEXT_POSITIONS)}")
+
+
+def members_of(queries: Positions, calls: Calls, query: Tensor) -> Tensor:
+    """bool [batch, query], true at the rows of a call of the attention function on queries [batch, head, query, d_head] that are
+    among some positions; never at those of padding, nor of an item that has ended.
+    """
+    selection = calls.select(queries)
+    if selection is None:
+        return torch.zeros(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+    return selection.mask(query.shape[2], query.device)
 
 
 @dataclass(frozen=True, eq=False)
 class Editor:
-    """The edits of one module's attention during one run."""
+    """The edits of one module's attention during one run: those before the softmax, and those after it."""
 
     edits: Sequence[AttentionEdit]
     calls: Calls
+    after: WeightsEditor | None = None
 
     def of_call(
         self, query: Tensor, n_keys: int, mask: Tensor | None, scores: Scores, *, is_causal: bool
@@ -93,27 +119,14 @@ class Editor:
         Raises:
             UnsupportedError: a call over something else than the positions of the batch.
         """
-        batch = self.calls.batch
-        n_queries = batch.length if self.calls.is_prefill else 1
-        if query.shape[0] != batch.size or query.shape[2] != n_queries:
-            raise UnsupportedError(
-                f"attention over {list(query.shape[:3:2])} rows and queries, expected {[batch.size, n_queries]}: this "
-                "model's attention does not run over the positions of the batch and cannot be edited"
-            )
+        if not self.edits:
+            return None
+        places = self.calls.attention_places(query, n_keys)
         if mask is not None and mask.ndim != 4:
             raise UnsupportedError(f"an attention mask of shape {list(mask.shape)}; expected [batch, head, query, key]")
-        chosen = [(edit, self._members(edit, n_queries, query.device)) for edit in self.edits]
+        chosen = [(edit, members_of(edit.queries, self.calls, query)) for edit in self.edits]
         chosen = [(edit, members) for edit, members in chosen if bool(members.any())]
-        return EditedMask(chosen, self.calls, query, n_keys, mask, scores, is_causal) if chosen else None
-
-    def _members(self, edit: AttentionEdit, n_queries: int, device: torch.device) -> Tensor:
-        """bool [batch, query], true at the rows that an edit changes."""
-        selection = self.calls.select(edit.queries)
-        members = torch.zeros(self.calls.batch.size, n_queries, dtype=torch.bool, device=device)
-        if selection is not None:
-            row, slot = selection.valid.nonzero(as_tuple=True)
-            members[row.to(device), selection.index[row, slot].to(device)] = True
-        return members
+        return EditedMask(chosen, self.calls, query, places, mask, scores, is_causal) if chosen else None
 
 
 class EditedMask:
@@ -124,21 +137,18 @@ class EditedMask:
         edits: Sequence[tuple[AttentionEdit, Tensor]],
         calls: Calls,
         query: Tensor,
-        n_keys: int,
+        places: tuple[Tensor, Tensor],
         mask: Tensor | None,
         scores: Scores,
         is_causal: bool,
     ) -> None:
-        self._edits = edits
+        self._edits = sorted(edits, key=lambda one: not one[0].shows)  # what is shown can be cut
         self._calls = calls
         self._query = query
-        self._mask = mask if mask is None else mask[..., :n_keys]
+        self._queries, self._keys = places
+        self._mask = mask if mask is None else mask[..., : len(self._keys)]
         self._scores = scores
         self._is_causal = is_causal
-        length = calls.batch.length + max(calls.number, 0)
-        first = max(0, length - n_keys)
-        self._keys = torch.arange(first, first + n_keys, device=query.device)
-        self._first_query = 0 if calls.is_prefill else length - 1
 
     def of(self, rows: QueryRows) -> Tensor:
         """The additive mask of some query rows, [batch, head or 1, chosen, key], in the dtype of the queries.
@@ -148,16 +158,19 @@ class EditedMask:
         """
         query = self._query
         batch, heads, n_queries = query.shape[:3]
-        index = torch.arange(n_queries, device=query.device)[rows][None] if isinstance(rows, slice) else rows
-        index = index.to(query.device).expand(batch, -1)
+        index = row_index(rows, n_queries, query.device).to(query.device).expand(batch, -1)
         total, hidden = self._given(rows, index)
         sizes: Tensor | None = None
         shape = (batch, heads, index.shape[1], len(self._keys))
         for edit, members in self._edits:
-            found = edit.function(index + self._first_query, self._keys, self._calls)
+            found = edit.function(self._queries[index], self._keys, self._calls)
             self._check(edit, found, shape)
             here = members.gather(1, index)[:, None, :, None]
             found = found.to(query.device)
+            if edit.shows:
+                shown = found & here & hidden & self._to_come(index)
+                total, hidden = total.masked_fill(shown, 0), hidden & ~shown
+                continue
             if found.dtype == torch.bool:
                 total = total.masked_fill(found & here, -torch.inf)
             elif edit.relative:
@@ -190,9 +203,16 @@ class EditedMask:
             else:
                 hidden, total = given <= torch.finfo(given.dtype).min / 2, given.to(query.dtype)
         if self._is_causal:
-            later = self._keys > (index + self._first_query)[:, None, :, None]
+            later = self._keys > self._queries[index][:, None, :, None]
             hidden, total = hidden | later, total.masked_fill(later, -torch.inf)
         return total, hidden
+
+    def _to_come(self, index: Tensor) -> Tensor:
+        """bool [batch, 1, chosen, key], true at keys of the prompt, padding left out, that come after the query."""
+        batch = self._calls.batch
+        of_prompt = (batch.real_mask & ~batch.generated_mask).to(index.device)
+        there = of_prompt[:, self._keys.clamp(max=batch.length - 1)] & (self._keys < batch.length)
+        return there[:, None, None] & (self._keys > self._queries[index][:, None, :, None])
 
     @staticmethod
     def _check(edit: AttentionEdit, found: Tensor, shape: tuple[int, ...]) -> None:
@@ -202,6 +222,10 @@ class EditedMask:
                 f"an edit of the attention of layer {edit.layer} must give bool pairs or a floating bias that broadcasts to "
                 f"{list(shape)}; it gave {found.dtype} {list(found.shape)}"
             )
+        if edit.shows and found.dtype != torch.bool:
+            raise InputError(
+                f"an edit of the attention of layer {edit.layer} that shows pairs must give bool; it gave {found.dtype}"
+            )
         if edit.relative and not bool(found.isfinite().all()):
             raise InputError(
                 f"an edit of the attention of layer {edit.layer} relative to its scores must be finite; to cut pairs, give bool"
@@ -210,7 +234,7 @@ class EditedMask:
     def _refuse_empty(self, edit: AttentionEdit, empty: Tensor, index: Tensor) -> None:
         row, _, query, _ = empty.nonzero()[0].tolist()
         raise InputError(
-            f"an edit of the attention of layer {edit.layer} leaves position {int(index[row, query]) + self._first_query} "
+            f"an edit of the attention of layer {edit.layer} leaves position {int(self._queries[index[row, query]])} "
             f"of item {self._calls.batch.ids[row]!r} nothing to attend to; leave every query at least one key, its own"
         )
 
@@ -222,8 +246,7 @@ class EditedMask:
             attend: (query rows int64 [batch, chosen], their mask) -> [batch, chosen, head, d_head].
         """
         batch, heads = self._query.shape[:2]
-        members = torch.stack([one for _, one in self._edits]).any(dim=0)
-        selection = Selection.of(members)
+        selection = Selection.of(torch.stack([one for _, one in self._edits]).any(dim=0))
         changed = output.clone()
         block = block_rows(batch, heads, len(self._keys))
         for start in range(0, selection.count, block):

@@ -115,8 +115,8 @@ def take_keys(values: Tensor, index: Tensor) -> Tensor:
     return torch.stack([one[..., columns] for one, columns in zip(values, index, strict=True)])
 
 
-def _positions(rows: QueryRows, n_queries: int, device: torch.device) -> Tensor:
-    """int64 [row or 1, chosen]."""
+def row_index(rows: QueryRows, n_queries: int, device: torch.device) -> Tensor:
+    """Query rows as int64 [row or 1, chosen]."""
     return torch.arange(n_queries, device=device)[rows][None, :] if isinstance(rows, slice) else rows
 
 
@@ -185,7 +185,6 @@ def attention_rows(
     """
     if mask is not None and mask.ndim != 4:
         raise UnsupportedError(f"an attention mask of shape {list(mask.shape)}; expected [batch, head, query, key]")
-    query, key = query.detach(), key.detach()
     n_queries, n_keys = query.shape[2], key.shape[2]
     groups = query.shape[1] // key.shape[1]
     if heads is not None:
@@ -204,7 +203,7 @@ def attention_rows(
             scores.add_(mask_rows)
             hidden = mask_rows == -torch.inf
     if is_causal or window is not None:
-        places = _positions(rows, n_queries, query.device)[:, None, :, None] + offset
+        places = row_index(rows, n_queries, query.device)[:, None, :, None] + offset
         of_keys = torch.arange(n_keys, device=query.device)
         far = of_keys > places if is_causal else of_keys < 0
         if window is not None:
@@ -216,7 +215,9 @@ def attention_rows(
     if hidden is None:
         return scores.softmax(dim=-1).to(query.dtype)
     weights = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
-    return weights.masked_fill_(hidden, 0).to(query.dtype)  # a row that sees nothing: 0, not 0 / 0
+    # a row that sees nothing: 0, not 0 / 0
+    weights = weights.masked_fill(hidden, 0) if weights.requires_grad else weights.masked_fill_(hidden, 0)
+    return weights.to(query.dtype)
 
 
 @dataclass(eq=False, slots=True)

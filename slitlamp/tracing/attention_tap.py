@@ -9,7 +9,8 @@ recorded, the configurations of the recorded modules carry our names; the output
 - eager: the model's own eager function runs in blocks of query rows; rows are what that function returns.
 
 Edits of attention (`slitlamp.tracing.attention_edit`) go the same way: under sdpa the edited rows are computed anew by the
-original with the edited mask, under eager each block gets its own; flash attention takes no such mask and is refused.
+original with the edited mask, under eager each block gets its own; flash attention takes no such mask and is refused. Edits after
+the softmax (`slitlamp.tracing.weights_edit`) sum the values by the edited weights of their rows, under both.
 
 The matrix of all rows by all columns is never built.
 """
@@ -45,6 +46,7 @@ from slitlamp.tracing.attention_rows import (
     take_rows,
 )
 from slitlamp.tracing.pause import Pause
+from slitlamp.tracing.weights_edit import EditedWeights
 
 PREFIX = "slitlamp_"
 _BY_ROW = {"dropout", "scaling", "softcap", "sinks", "position_bias"}
@@ -69,6 +71,14 @@ class _Watch:
             return None
         scores = partial(_scores, query, key, options)
         return self.editor.of_call(query, key.shape[2], mask, scores, is_causal=is_causal)
+
+    def edited_weights(
+        self, query: Tensor, n_keys: int, weights: Callable[[QueryRows, Sequence[int] | None], Tensor]
+    ) -> EditedWeights | None:
+        """The edits after the softmax in a call of the attention function; None where there are none."""
+        if self.editor is None or self.editor.after is None:
+            return None
+        return self.editor.after.of_call(query, n_keys, weights, self.calls)
 
     def see(
         self,
@@ -149,10 +159,6 @@ def _tapped_sdpa(
                 return again[0]
 
             output = (edited.rewrite(output[0], attend), None)
-        if query.shape[2] == 1:
-            mask = attention_mask if edited is None else edited.of(slice(None))
-            if watch.remember(query, key, mask, options.get("scaling")):
-                return output
 
         def weights(rows: QueryRows, heads: Sequence[int] | None) -> Tensor:
             if edited is not None:
@@ -168,7 +174,14 @@ def _tapped_sdpa(
                 is_causal=is_causal,
             )
 
-        watch.see(module, query, key.shape[2], weights, output[0], value)
+        changed = watch.edited_weights(query, key.shape[2], weights)
+        if changed is not None:
+            output = (changed.rewrite(output[0], value), None)
+        elif query.shape[2] == 1:
+            mask = attention_mask if edited is None else edited.of(slice(None))
+            if watch.remember(query, key, mask, options.get("scaling")):
+                return output
+        watch.see(module, query, key.shape[2], weights if changed is None else changed.of, output[0], value)
     return output
 
 
@@ -323,10 +336,13 @@ def _tapped_eager(
         output = _in_blocks(lambda rows: run(rows, value)[0], n_queries, block)
 
     def weights(rows: QueryRows, heads: Sequence[int] | None) -> Tensor:
-        taken = run(rows, value[..., :0])[1].detach()
+        taken = run(rows, value[..., :0])[1]
         return taken if heads is None else taken[:, list(heads)]
 
-    watch.see(module, query, key.shape[2], weights, output, value)
+    changed = watch.edited_weights(query, key.shape[2], weights)
+    if changed is not None:
+        output = changed.rewrite(output, value)
+    watch.see(module, query, key.shape[2], weights if changed is None else changed.of, output, value)
     return output, None
 
 

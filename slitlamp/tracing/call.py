@@ -33,6 +33,13 @@ class Selection:
         """The largest number of positions of a row."""
         return int(self.index.shape[1])
 
+    def mask(self, n_positions: int, device: torch.device) -> Tensor:
+        """bool [row, position], true at the chosen positions."""
+        chosen = torch.zeros(self.index.shape[0], n_positions, dtype=torch.bool, device=device)
+        row, slot = self.valid.nonzero(as_tuple=True)
+        chosen[row.to(device), self.index[row, slot].to(device)] = True
+        return chosen
+
     @staticmethod
     def of(mask: Tensor) -> Selection:
         """From a bool mask [row, position]."""
@@ -100,6 +107,27 @@ class Calls:
                     a and token not in self.end_tokens for a, token in zip(self._alive, fed, strict=True)
                 )
             self._fed.append(self._alive_mask())
+
+    def attention_places(self, query: Tensor, n_keys: int) -> tuple[Tensor, Tensor]:
+        """The positions of a call of the attention function in the current call of the model: int64 [query] and int64 [key].
+
+        Args:
+            query: [batch, head, query, d_head].
+            n_keys: how many keys there are: those of all positions so far, or, behind a sliding window, the last ones.
+
+        Raises:
+            UnsupportedError: it does not run over the positions of the batch.
+        """
+        n_queries = self.batch.length if self.is_prefill else 1
+        if query.shape[0] != self.batch.size or query.shape[2] != n_queries:
+            raise UnsupportedError(
+                f"attention over {list(query.shape[:3:2])} rows and queries, expected {[self.batch.size, n_queries]}: this "
+                "model's attention does not run over the positions of the batch and cannot be edited"
+            )
+        length = self.batch.length + max(self.number, 0)
+        first = max(0, length - n_keys)
+        queries = torch.arange(0 if self.is_prefill else length - 1, length, device=query.device)
+        return queries, torch.arange(first, first + n_keys, device=query.device)
 
     def _alive_mask(self) -> Tensor:
         """bool [batch], true for rows that have not ended."""

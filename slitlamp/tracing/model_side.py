@@ -132,8 +132,8 @@ def see_attention(model: Any, wanted: Any, step: int) -> Any:
     causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
     weights = partial(
         attention_rows,
-        query,
-        key,
+        query.detach(),
+        key.detach(),
         mask,
         heads=wanted.heads,
         scaling=options.get("scaling"),

@@ -29,6 +29,7 @@ from slitlamp.tracing.recorder import Recorder
 from slitlamp.tracing.site_checks import n_layers_of
 from slitlamp.tracing.sites import STATE_SITES
 from slitlamp.tracing.trace import Trace
+from slitlamp.tracing.weights_edit import WeightsEdit, WeightsEditor, check_weights_edit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,15 +45,26 @@ class Edit:
         layer: 0-based (0 for `projector_out`).
         function: (values, calls) -> new values of the same shape, as the site gives them: [batch, position, d_model], or
             for `z` [batch, position, head, d_head]. It must not write into `values`.
+        prefill_only: whether it acts in the forward call over the prompt alone, and is not called after it.
     """
 
     site: str
     layer: int
     function: Callable[[Tensor, Calls], Tensor]
+    prefill_only: bool = False
 
 
-AnyEdit = Edit | AttentionEdit
-"""A change of what the model computes: of the values at a site, or of attention before its softmax."""
+AnyEdit = Edit | AttentionEdit | WeightsEdit
+"""A change of what the model computes: of the values at a site, or of attention before or after its softmax."""
+
+
+def only_in_prefill(edit: AnyEdit) -> bool:
+    """Whether an edit does nothing in the decode steps of a generation."""
+    if isinstance(edit, WeightsEdit) and edit.tower == "vision":
+        return True
+    if isinstance(edit, AttentionEdit | WeightsEdit):
+        return not isinstance(edit.queries, str) or edit.queries == "image"  # no token that is decoded is among these
+    return edit.prefill_only or edit.site == "projector_out" or edit.site.startswith("vision_")
 
 
 class _Run:
@@ -106,7 +118,8 @@ def session(
 ) -> Iterator[Calls]:
     """Attach recorders and edits to a model for one run.
 
-    Edits act in the order given; a recording at the site of an edit shows the edited values. Edits of attention add up.
+    Features that a batch brings for its image tokens are put in before all edits. Edits act in the order given; a recording at
+    the site of an edit shows the edited values. Edits of attention before the softmax add up, and act before those after it.
 
     Args:
         model: the Hugging Face model. On exit, exceptions included, it has the hooks and attention it had before.
@@ -132,8 +145,11 @@ def session(
             raise InputError(
                 "gradients need one forward pass: vlm.forward(batch) or vlm.forward(generation.teacher_forced())"
             )
+    if batch.features is not None:
+        edits = [_features_of(batch, batch.features), *edits]
     of_states = [edit for edit in edits if isinstance(edit, Edit)]
     of_attention = [edit for edit in edits if isinstance(edit, AttentionEdit)]
+    of_weights = [edit for edit in edits if isinstance(edit, WeightsEdit)]
     for edit in of_states:
         if edit.site not in STATE_SITES or edit.site == "logits":
             editable = ", ".join(name for name in STATE_SITES if name in anatomy.places and name != "logits")
@@ -149,6 +165,8 @@ def session(
             calls.check(site)
     for one in of_attention:
         check_attention_edit(one, anatomy, calls)
+    for each in of_weights:
+        check_weights_edit(each, anatomy, calls)
     run = _Run(model, anatomy, batch)
     recorders = [Recorder(trace, anatomy, calls, run.tiles) for trace in traces]
     observers: dict[nn.Module, list[Observer]] = {}
@@ -189,7 +207,10 @@ def session(
                 return changed
 
             module = run.module(edit.site, edit.layer)
-            stack.callback(hook(module, view, change, first=True, idle=pause.idle).remove)
+            handle = hook(module, view, change, first=True, idle=pause.idle)
+            stack.callback(handle.remove)
+            if edit.prefill_only:
+                of_prompt.append(handle)
         for recorder in recorders:
             recorder.trace.start(batch, decoding=decoding)
             recorder.begin()
@@ -209,8 +230,7 @@ def session(
                         stack.callback(handle.remove)
                         if isinstance(site.positions, Tensor) or site.positions == "image":
                             of_prompt.append(handle)  # no token that is decoded is among these positions
-        by_layer = {one.layer: [edit for edit in of_attention if edit.layer == one.layer] for one in of_attention}
-        editors = {run.module("attention", layer): Editor(some, calls) for layer, some in by_layer.items()}
+        editors = _editors(run, of_attention, of_weights, calls)
         if observers or editors:
             stack.enter_context(observed(observers, editors, pause))
 
@@ -236,6 +256,31 @@ def session(
     for trace in traces:
         check_finite(trace, trace.nonfinite)
         trace.finish()
+
+
+def _editors(
+    run: _Run, before: Sequence[AttentionEdit], after: Sequence[WeightsEdit], calls: Calls
+) -> dict[nn.Module, Editor]:
+    """By module, the edits of attention before and after the softmax."""
+    by_module: dict[nn.Module, tuple[list[AttentionEdit], list[WeightsEdit]]] = {}
+    for edit in before:
+        by_module.setdefault(run.module("attention", edit.layer), ([], []))[0].append(edit)
+    for one in after:
+        if one.tower == "language" or any(calls.batch.images):  # some models run their tower for nothing
+            by_module.setdefault(run.module(one.site, one.layer), ([], []))[1].append(one)
+    return {
+        module: Editor(masks, calls, WeightsEditor(weights, calls) if weights else None)
+        for module, (masks, weights) in by_module.items()
+    }
+
+
+def _features_of(batch: Batch, features: Tensor) -> Edit:
+    """What puts features that a batch brings, [batch, position, d_model], where its image tokens are."""
+
+    def put(values: Tensor, calls: Calls) -> Tensor:
+        return torch.where(batch.image_mask.to(values.device)[..., None], features.to(values), values)
+
+    return Edit("resid_pre", 0, put, prefill_only=True)
 
 
 def _why_not(edit: Edit, view: View) -> str:

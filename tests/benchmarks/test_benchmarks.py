@@ -1,4 +1,5 @@
-"""What is compared gives the same numbers: the recorders of benchmarks/tracing.py, the fits of benchmarks/probes.py.
+"""What is compared gives the same numbers: the recorders of benchmarks/tracing.py, the fits of benchmarks/probes.py; and the
+ratios of benchmarks/decoding.py are those of its runs.
 
 Tolerance of the recorders 1e-5 of the largest value: SDPA and eager attention differ in the order of float32 sums alone.
 """
@@ -26,14 +27,16 @@ def benchmark():
         import _measure
         import _report
 
-        spec = importlib.util.spec_from_file_location("benchmark_of_probes", BENCHMARKS / "probes.py")
-        probes = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = probes  # dataclasses look their module up
-        spec.loader.exec_module(probes)
+        scripts = {}
+        for name in ("probes", "decoding"):
+            spec = importlib.util.spec_from_file_location(f"benchmark_of_{name}", BENCHMARKS / f"{name}.py")
+            scripts[name] = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = scripts[name]  # dataclasses look their module up
+            spec.loader.exec_module(scripts[name])
     finally:
         sys.path.remove(str(BENCHMARKS))
     modules = {"cases": _cases, "contestants": _contestants, "measure": _measure, "report": _report}
-    return modules | {"probes": probes}
+    return modules | scripts
 
 
 def test_no_script_hides_the_package_probes():
@@ -42,7 +45,7 @@ def test_no_script_hides_the_package_probes():
     found = subprocess.run([sys.executable, "-c", code, str(BENCHMARKS)], capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()) == BENCHMARKS.parent / "probes"
     scripts = [one for one in BENCHMARKS.glob("*.py") if not one.name.startswith("_")]
-    assert len(scripts) >= 3
+    assert len(scripts) >= 4
     for one in scripts:
         imported = [line.split()[1] for line in one.read_text().splitlines() if line.startswith(("import ", "from "))]
         ours = [name for name in imported if name.split(".")[0] not in sys.stdlib_module_names]
@@ -149,3 +152,55 @@ def test_linear_fits_are_judged(benchmark):
     uneven = module.Outcome(2, 0.0, rounds=[(1.0, 9.0), (1.0, 12.0)] * 4, differences=[0.0])  # 10.5 in all
     lines = module.verdicts([fast, slow, uneven])
     assert [line.split(":")[0] for line in lines] == ["reached", "reached", "MISSED", "MISSED", "MISSED", "reached"]
+
+
+def test_decoding_under_every_method_beside_the_plain_run(benchmark, setup):
+    """A small size through the whole script; times are not judged here."""
+    module, (vlm, _) = benchmark["decoding"], setup
+    batch = benchmark["cases"].prompt(vlm, images=1, length=24, rows=2)
+    names = list(module.METHODS)
+    outcomes = module.compare(vlm, batch, names, 3, budget=0.0, most=5)
+    assert [one.method for one in outcomes] == names
+    for one in outcomes:
+        assert len(one.rounds) == 5
+        assert all(0 < times.later < times.whole for pair in one.rounds for times in pair)
+        assert {times for times, _ in one.rounds} == {times for times, _ in outcomes[0].rounds}  # the plain runs
+    mlp, attention, score = 2 * 3 * WIDTH * 48, 2 * 4 * WIDTH * WIDTH, 2 * 2 * WIDTH
+
+    def block(n_tokens):
+        return n_tokens * (mlp + attention) + score * n_tokens * (n_tokens + 1) // 2
+
+    # 24 positions and 2 tokens fed back; 16 image tokens skip the MLP of one block of three, or 12 of them are pruned from all
+    saved = {one.method: one.saved for one in outcomes if one.saved is not None}
+    assert saved == {
+        "skip": pytest.approx(16 * mlp / (LAYERS * block(26))),
+        "prune": pytest.approx(1 - block(14) / block(26)),
+    }
+    page = module.markdown(outcomes, {"date": "today"})
+    assert all(f"| {module.METHODS[name].title} | 2 | 3 |" in page for name in names)
+    assert len(module.rows(outcomes)) == 5 * len(names)
+
+
+def test_the_plain_run_of_decoding_says_what_no_intervention_does(benchmark, setup):
+    vlm, batch = setup
+    options = {"max_new_tokens": 4, "min_new_tokens": 4}
+    plain = vlm.model.generate(**batch.inputs(), do_sample=False, **options)
+    assert plain[:, batch.length :].tolist() == [list(one) for one in vlm.generate(batch, **options).tokens]
+
+
+def test_promises_of_decoding_are_judged(benchmark, tmp_path):
+    module = benchmark["decoding"]
+
+    def outcome(method, rows, whole, later):
+        rounds = [(module.Times(1.0, 1.0), module.Times(whole, later))] * 5
+        return module.Outcome(method, rows, 8, rounds, saved=0.2 if method == "skip" else None)
+
+    vhr, pair = outcome("vhr", 1, 3.0, 1.09), outcome("deleted", 1, 1.71, 1.69)
+    many, skip = outcome("deleted", 8, 3.0, 3.0), outcome("skip", 1, 0.99, 1.0)
+    lines = module.verdicts([vhr, pair, many, skip])
+    assert [line.split(":")[0] for line in lines] == ["reached", "MISSED", "reached"]
+    (line,) = module.savings([vhr, pair, many, skip])
+    assert "20.0% of the operations" in line
+    assert "+1.0% of the time" in line
+    module.draw([vhr, pair, many, skip], tmp_path)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["decoding.png", "decoding.svg"]

@@ -21,7 +21,17 @@ from transformers.generation.logits_process import (
 )
 
 import slitlamp
-from interventions import M3ID, ActivationAddition, CutAttention, HeadReinforcement, InformedTokenBoost
+from interventions import (
+    M3ID,
+    ActivationAddition,
+    ClsPruning,
+    CutAttention,
+    FastVPruning,
+    HeadReinforcement,
+    InactiveHeads,
+    InformedTokenBoost,
+    SinkRedistribution,
+)
 from slitlamp.decoding import BacktrackingDecoding, Intervention
 from slitlamp.decoding.backtracking import CROPPABLE
 from slitlamp.decoding.generation import Traceback
@@ -172,7 +182,7 @@ def slowly(
         site = sites.resid_post([method.layer], "last") if method.layer >= 0 else sites.resid_pre(0, "last")
         forced = batch.with_continuation([text])
         with vlm.trace(site) as trace:
-            logits = vlm.forward(forced).logits[0, batch.length - 1 :].float()
+            logits = vlm.forward(forced).logits[0, -len(text) - 1 :].float()
         state = trace[site.label][max(method.layer, 0)][:, -1]
         scores = logits.clone()
         scores[:, suppressed] = -torch.inf
@@ -204,7 +214,7 @@ def slowly(
             done = tried[tuple(said[:place])]
             left = [one for one in scores[place].argsort(descending=True).tolist() if one not in done]
             if scores[place, left[0]] > -torch.inf:
-                options[place] = (float(logits[place].softmax(-1).max()), left[0])
+                options[place] = (float(logits[place].double().softmax(-1).max()), left[0])
         if options and here < method.max_tracebacks and total < method.max_per_text:
             place = min(options, key=lambda one: options[one][0])
             token = options[place][1]
@@ -290,8 +300,13 @@ def test_it_is_the_decoding_without_a_cache(name: str, organism: VLM, batch: Bat
         CutAttention("text_after_image", "image", layers=[1]),
         InformedTokenBoost(2.0, 1.0),
         ActivationAddition([(-1.0) ** n for n in range(192)], scale=0.3),
+        ClsPruning(0.3),
+        ClsPruning(0.3, positions="original"),
+        FastVPruning(0.3, layer=1),
+        InactiveHeads(2.0),
+        SinkRedistribution(tau=2.0, rho=0.3),
     ],
-    ids=lambda one: one.describe()[:30],
+    ids=lambda one: one.name,
 )
 def test_other_interventions_act_as_in_ordinary_decoding(
     other: Intervention, organism: VLM, batch: Batch, alone: list[Batch]
@@ -468,6 +483,8 @@ def test_traces_are_those_of_a_plain_generation_of_the_final_text(organism: VLM,
             generation = organism.generate(batch, max_new_tokens=16)
     assert bare.tokens == generation.tokens
     assert bare.tracebacks == generation.tracebacks
+    assert bare.n_image == generation.n_image == (64,) * batch.size
+    assert bare.seconds > 0
     assert any(generation.tracebacks)
     assert len(trace.steps) == max(map(len, generation.tokens))
     forced = generation.teacher_forced()

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from contrasts import ROUNDING, Against, MakeView, Planned, Seen, blind, noise, same, zero
 from edits import Edits
 from tiny_models import BUILDERS
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    LogitsProcessor,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -25,72 +24,13 @@ from transformers import (
 from untouched import snapshot
 
 import slitlamp
-from slitlamp.decoding import ContrastDecoding, RunContext, image_free
+from slitlamp.decoding import RunContext, image_free
 from slitlamp.decoding.edits import knock_out, scale_heads
-from slitlamp.decoding.two_branch import ContrastView, plausible
+from slitlamp.decoding.two_branch import plausible
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models import Batch
 from slitlamp.tracing import Edit, GatheringProbe, sites
 from slitlamp.vlm import VLM
-
-
-class Planned(Exception):
-    """Raised in the midst of a run."""
-
-
-MakeView = Callable[[Batch], ContrastView]
-ROUNDING = 2e-4
-"""Logits of order 10 in float32: sums of some hundred terms in another order differ by 1e-5, contrasts by some times that."""
-
-
-@dataclass
-class Against(ContrastDecoding):
-    """(1 + alpha + growth t) l - (alpha + growth t) l', the mean over the views."""
-
-    alpha: float = 1.0
-    growth: float = 0.0
-    make: Sequence[MakeView] = (image_free,)
-
-    name: ClassVar[str] = "Against"
-
-    def views(self, run: RunContext) -> Sequence[ContrastView]:
-        return [make(run.batch) for make in self.make]
-
-    def combine(self, clean: Tensor, contrasts: Sequence[Tensor], step: Tensor) -> Tensor:
-        weight = (self.alpha + self.growth * step)[..., None]
-        return (1 + weight) * clean - weight * torch.stack(list(contrasts)).mean(dim=0)
-
-
-@dataclass
-class Seen(LogitsProcessor):
-    """Keeps what it is given, and, where tokens are given, makes the model say them."""
-
-    force: list[Tensor] | None = None
-    scores: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self.scores.append(scores.clone())
-        if self.force is None:
-            return scores
-        forced = torch.full_like(scores, -torch.inf)
-        return forced.scatter(1, self.force[len(self.scores) - 1][:, None], 0.0)
-
-
-def same(batch: Batch) -> ContrastView:
-    return batch, ()
-
-
-def zero(batch: Batch) -> ContrastView:
-    return image_free(batch, "zero")
-
-
-def noise(batch: Batch) -> ContrastView:
-    return image_free(batch, "noise")
-
-
-def blind(batch: Batch) -> ContrastView:
-    """No attention to the image, cut in every layer of the embedded model, in every step."""
-    return batch, knock_out(range(6), "all", "image")
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +99,11 @@ def test_every_step_equals_both_branches_recomputed(method: Against, organism: V
         torch.testing.assert_close(organism.forward(forced).logits[:, -10:-1], wanted, rtol=0, atol=ROUNDING)
 
 
+def one_by_one(vlm: VLM) -> Any:
+    """A trace that has to see the clean branch alone, so that the branches do not decode at once."""
+    return vlm.trace(sites.logits(positions="last"))
+
+
 def test_every_branch_has_a_cache_and_positions_of_its_own(organism: VLM, batch: Batch) -> None:
     """The forward calls of the decoder, by the cache that they were given."""
     calls: dict[int, list[tuple[int, list[int]]]] = {}
@@ -172,7 +117,7 @@ def test_every_branch_has_a_cache_and_positions_of_its_own(organism: VLM, batch:
     decoder = organism.model.get_submodule(organism.anatomy.modules["decoder"])
     handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with organism.apply(Against(alpha=0.0)):  # the branches run where the weight is 0 too
+        with organism.apply(Against(alpha=0.0)), one_by_one(organism):  # the branches run where the weight is 0 too
             organism.generate(batch, max_new_tokens=4, eos_token_id=[])
     finally:
         handle.remove()
@@ -182,6 +127,23 @@ def test_every_branch_has_a_cache_and_positions_of_its_own(organism: VLM, batch:
         places = [n - 1 for n in view.lengths]
         wanted = [(0, places), *[(view.length + step, [one + 1 + step for one in places]) for step in range(3)]]
         assert wanted in found
+
+
+def test_at_once_every_branch_keeps_its_positions(organism: VLM, batch: Batch) -> None:
+    """The rows of the views come after those of the batch, with padding before them up to the longest."""
+    calls: list[tuple[list[int], list[int]]] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        calls.append((kwargs["position_ids"][:, -1].tolist(), kwargs["attention_mask"].sum(dim=1).tolist()))
+
+    handle = organism.model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with organism.apply(Against(make=(noise, image_free))):
+            organism.generate(batch, max_new_tokens=4, eos_token_id=[])
+    finally:
+        handle.remove()
+    lengths = [*batch.lengths, *batch.lengths, *batch.without_images().lengths]
+    assert calls[3:] == [([n + step for n in lengths], [n + step + 1 for n in lengths]) for step in range(3)]
 
 
 ROPE = ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids")
@@ -201,7 +163,7 @@ def test_what_a_model_keeps_in_itself_is_that_of_the_branch_that_runs(image: Any
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with vlm.apply(Against()):
+        with vlm.apply(Against()), one_by_one(vlm):
             vlm.generate(batch, max_new_tokens=4, eos_token_id=[])
     finally:
         handle.remove()

@@ -1,14 +1,17 @@
 """Versions of a batch that say nothing of the image."""
 
+import dataclasses
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
+from edits import Edits
 from tiny_models import BUILDERS
 
 from slitlamp.decoding import image_free
-from slitlamp.decoding.views import IMAGE_FREE, diffused, only_tokens
+from slitlamp.decoding.views import IMAGE_FREE, blocked, diffused, only_tokens, soft_prompt
 from slitlamp.errors import InputError, UnknownNameError, UnsupportedError
 from slitlamp.tracing import sites
 from slitlamp.vlm import VLM
@@ -226,8 +229,8 @@ def test_all_image_tokens_in_their_order_are_the_image(name, image):
     else:
         wanted = vlm.forward(batch).logits
     every = [torch.arange(int(row.sum())) for row in batch.image_mask]
-    whole, edits = only_tokens(batch, every, embedded(vlm, batch))
-    torch.testing.assert_close(vlm.forward(whole, edits=edits).logits, wanted, rtol=0, atol=1e-5)
+    whole = only_tokens(batch, every, embedded(vlm, batch))
+    torch.testing.assert_close(vlm.forward(whole).logits, wanted, rtol=0, atol=1e-5)
 
 
 def test_only_some_tokens_are_the_prompt_with_these_alone(llava, image):
@@ -235,8 +238,8 @@ def test_only_some_tokens_are_the_prompt_with_these_alone(llava, image):
     batch = pair(llava, image, (0, 1, 2))
     features = embedded(llava, batch)
     chosen = [torch.tensor([20, 3, 17]), torch.tensor([5])]
-    shorter, edits = only_tokens(batch, chosen, features)
-    logits = llava.forward(shorter, edits=edits).logits
+    shorter = only_tokens(batch, chosen, features)
+    logits = llava.forward(shorter).logits
     assert shorter.image_mask.sum(dim=1).tolist() == [3, 1]
     assert shorter.patches[0].table.tolist() == batch.patches[0].table[[20, 3, 17]].tolist()
     assert shorter.n_generated == batch.n_generated
@@ -253,3 +256,121 @@ def test_only_some_tokens_are_the_prompt_with_these_alone(llava, image):
             wanted = llava.model(inputs_embeds=torch.stack(states)[None]).logits[0]
         assert shorter.lengths[row] == len(states)
         torch.testing.assert_close(logits[row, -len(states) :], wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_unk_is_the_deleted_prompt_with_one_word_more_per_image(name, image):
+    """Where each image stood; a row of two images has two of them."""
+    vlm = built(name)
+    one_image = vlm.anatomy.family.max_images == 1
+    pictures = [[image(0, 40, 24)], [image(1)]] if one_image else [[image(0, 40, 24), image(2)], [image(1)]]
+    batch = encoded(vlm, pictures).with_continuation([[9, 10], []])
+    unk, edits = image_free(batch, "unk")
+    deleted, _ = image_free(batch)
+    assert edits == []
+    assert not unk.image_mask.any()
+    assert unk.n_generated == batch.n_generated
+    is_unk = (unk.input_ids == 3) & unk.real_mask  # "<unk>" of the tiny tokenizers
+    for row, images in enumerate(pictures):
+        assert is_unk[row].sum() == len(images)
+        rest = unk.input_ids[row][unk.real_mask[row] & ~is_unk[row]]
+        assert rest.tolist() == deleted.input_ids[row][deleted.real_mask[row]].tolist()
+        before = batch.image_mask[row].long().argmax() - (batch.length - batch.lengths[row])
+        assert is_unk[row].long().argmax() - (unk.length - unk.lengths[row]) == before
+    assert vlm.forward(unk).logits.isfinite().all()
+    assert "pixel_values" not in unk.extra or vlm.anatomy.family.always_pixels
+
+
+@pytest.mark.parametrize("fixture", ["llava", "llava_next"])
+def test_unk_is_a_prompt_that_says_so(fixture, request, image):
+    vlm = request.getfixturevalue(fixture)
+    unk, _ = image_free(vlm.encode([image(0)], ["is <image> there ?"]), "unk")
+    said = vlm.encode(prompts=["is <unk> there ?"])
+    assert torch.equal(unk.input_ids, said.input_ids)
+    assert torch.equal(vlm.forward(unk).logits, vlm.forward(said).logits)
+
+
+def test_unk_without_such_a_word_is_refused(llava, image):
+    batch = dataclasses.replace(llava.encode([image(0)], ["<image> what ?"]), unk_token_id=None)
+    with pytest.raises(UnsupportedError, match="no token for unknown words"):
+        image_free(batch, "unk")
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_soft_prompt_is_all_that_is_left_of_the_image(name, image):
+    """Against the decoder on the embeddings put together by hand; longer and shorter than the image."""
+    vlm = built(name)
+    pictures = [[image(0, 40, 24)], [image(1)]]
+    batch = encoded(vlm, pictures)
+    soft = torch.randn(5, vlm.anatomy.d_model, generator=torch.Generator().manual_seed(0))
+    if vlm.anatomy.family.cross is not None:
+        with pytest.raises(UnsupportedError, match="no image embeddings for a soft prompt"):
+            soft_prompt(batch, soft)
+        return
+    plain = trace_of(vlm, batch, [])["resid_pre"][0]
+    for embeddings in (soft, soft.repeat(8, 1)):
+        short = soft_prompt(batch, embeddings)
+        after = trace_of(vlm, short, [])["resid_pre"][0]
+        for row in range(2):
+            real = batch.image_mask[row][batch.real_mask[row]]
+            first = int(real.long().argmax())
+            text = plain[row][: batch.lengths[row]][~real]
+            if name != "blip-2":  # whose embeddings hold positions, which shift
+                wanted = torch.cat([text[:first], embeddings, text[first:]])
+                torch.testing.assert_close(after[row, : len(wanted)], wanted, rtol=0, atol=1e-5)
+            assert short.lengths[row] == len(text) + len(embeddings)
+            assert short.image_mask[row].sum() == len(embeddings)
+
+
+def test_a_soft_prompt_of_the_images_embeddings_is_the_image(llava, image):
+    batch = llava.encode([image(0)], ["is <image> there ?"])
+    short = soft_prompt(batch, embedded(llava, batch)[0])
+    torch.testing.assert_close(llava.forward(short).logits, llava.forward(batch).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_nobody_attends_to_blocked_tokens(name, image):
+    vlm = built(name)
+    batch = encoded(vlm, [[image(0, 40, 24)], [image(1)]])
+    if vlm.anatomy.family.cross is not None:
+        with pytest.raises(UnsupportedError, match="does not attend to image tokens among its positions"):
+            blocked(batch, vlm.anatomy)
+        return
+    rho = np.random.default_rng(7).random(int(batch.image_mask.sum(dim=1).max()))
+    same, edits = blocked(batch, vlm.anatomy, 0.6, seed=7)
+    assert same is batch
+    site = sites.attention(queries="all", keys="all")
+    weights = vlm._extra_pass(batch, [site], edits)["attention"]
+    for row in range(2):
+        real = batch.real_mask[row].nonzero()[:, 0]
+        places = batch.image_mask[row][real].nonzero()[:, 0]
+        n = len(real)
+        for layer in weights.layers:
+            received = weights[layer][row, :, :n, :n].amax(dim=0)
+            shown = received.fill_diagonal_(0)[:, places].amax(dim=0) > 0
+            assert shown.tolist() == (rho[: len(places)] >= 0.6).tolist()
+
+
+def test_blocking_all_of_the_image_leaves_the_prior(llava, image):
+    """Text says the same whatever the image; with none blocked, nothing changes; later draws do not change earlier ones."""
+    found = []
+    for seed in (0, 5):
+        batch = llava.encode([image(seed)], ["is <image> there ?"])
+        found.append(llava.forward(batch, edits=blocked(batch, llava.anatomy, 1.0)[1]).logits[:, -1])
+        none = llava.forward(batch, edits=blocked(batch, llava.anatomy, 0.0)[1]).logits
+        torch.testing.assert_close(none, llava.forward(batch).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match=r"must be between 0 and 1, found 1\.5"):
+        blocked(batch, llava.anatomy, 1.5)
+
+
+def test_blocked_tokens_stay_so_in_decode_steps(llava, image):
+    batch = llava.encode([image(0), image(1)], ["<image> is there a dog ?", "what <image> ?"])
+    edits = blocked(batch, llava.anatomy, 0.5, seed=1)[1]
+    with llava.apply(Edits(edits)):
+        generation = llava.generate(batch, max_new_tokens=4, eos_token_id=[])
+    forced = generation.teacher_forced()
+    again = blocked(forced, llava.anatomy, 0.5, seed=1)[1]
+    logits = llava.forward(forced, edits=again).logits[:, -5:-1]
+    logits[..., [0, 1, 4]] = -torch.inf  # the tiny models may not say these
+    assert [list(tokens) for tokens in generation.tokens] == logits.argmax(dim=-1).tolist()

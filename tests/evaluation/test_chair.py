@@ -13,6 +13,7 @@ from slitlamp.evaluation import (
     GroundTruth,
     Synonyms,
     chair_differences,
+    chair_interactions,
     chair_mentions,
     chair_rows,
     chair_scores,
@@ -103,6 +104,21 @@ def test_differences_by_hand():
     assert (chair_differences(a, a)["p"] == 1).all()
     with pytest.raises(InputError, match="2 on one side only"):
         chair_differences(a, b.assign(image_id=[1, 2, 4]))
+
+
+def test_interactions_by_hand():
+    """chair_i of captions as they are, of two that each mend one, and of both at once: 3/7, 1/5, 3/7 and 1/5."""
+    mended = CAPTIONS.assign(caption=["A dog and a cat", "A tv and a bed and a kite", "Nothing at all"])
+    same, better = (chair_rows(captions, TRUTH, SYNONYMS) for captions in (CAPTIONS, mended))
+    shuffled = better.sample(frac=1, random_state=1)
+    redundant = chair_interactions(same, better, shuffled, better).set_index("metric")  # both mend the same
+    assert redundant.loc["chair_i", "value"] == pytest.approx(-(1 / 5 - 3 / 7))
+    assert redundant.loc["recall", "value"] == pytest.approx(-(4 / 5 - 3 / 5))
+    additive = chair_interactions(same, shuffled, same, better)  # the second does nothing
+    assert (additive["value"] == 0).all()
+    assert (additive["p"] == 1).all()
+    with pytest.raises(InputError, match="2 on one side only"):
+        chair_interactions(same, better, same, better.assign(image_id=[1, 2, 4]))
 
 
 def test_images_may_be_given_by_file_name():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn import metrics
 
 from slitlamp.errors import InputError, UnknownNameError
-from slitlamp.evaluation import build_pope, parse_answer, pope_differences, pope_items, pope_scores
+from slitlamp.evaluation import build_pope, parse_answer, pope_differences, pope_interactions, pope_items, pope_scores
 from slitlamp.evaluation.pope import indefinite_article
 
 # All but d.png have three objects. Frequencies without it: dog 3, cat 3, cup 2, bed 2, and one each of the others.
@@ -278,6 +278,20 @@ def test_differences_by_hand_and_paired():
     same = pope_differences(a, a)
     assert (same["value"] == 0).all()
     assert (same["p"] == 1).all()
+
+
+def test_interactions_by_hand_and_paired():
+    rng = np.random.default_rng(4)
+    four = [random_items(rng, error=error) for error in (0.4, 0.3, 0.35, 0.1)]
+    four = [one.assign(label=four[0]["label"]) for one in four]
+    four = [pope_items(one[["image", "question_id", "label", "text"]]) for one in four]
+    levels = [pope_scores(one).set_index("metric")["value"] for one in four]
+    table = pope_interactions(four[0], four[1].sample(frac=1, random_state=0), *four[2:]).set_index("metric")
+    expected = (levels[3] - levels[0]) - (levels[1] - levels[0]) - (levels[2] - levels[0])
+    assert table["value"].to_dict() == pytest.approx(expected.to_dict())
+    assert (table["low"] <= table["value"]).all()
+    with pytest.raises(InputError, match="on one side only"):
+        pope_interactions(four[0], four[1], four[2].iloc[:-1], four[3])
 
 
 def test_differences_refuse_other_questions():

@@ -13,13 +13,15 @@ from slitlamp.evaluation import (
     cluster_bootstrap,
     cluster_means,
     cluster_sums,
+    contrast_bootstrap,
     correlation_interval,
     exceedance_p,
+    holm,
     mcnemar,
     paired_bootstrap,
     permutation_test,
 )
-from slitlamp.evaluation.statistics import ratio
+from slitlamp.evaluation.statistics import INTERACTION, ratio
 
 
 def share(sums):
@@ -334,3 +336,64 @@ def test_interval_holds_the_value_and_ignores_the_order_of_clusters_in_distribut
     shuffled = list(data)
     random.shuffle(shuffled)
     assert cluster_bootstrap(shuffled, share, n_resamples=300).value == pytest.approx(interval.value)
+
+
+def test_a_contrast_of_two_is_the_paired_bootstrap_and_of_four_is_resampled_together():
+    """Against a loop over resamples that are drawn as the library draws them; counts are those of a share."""
+    rng = np.random.default_rng(3)
+    four = [np.column_stack([rng.integers(0, 5, 40), rng.integers(5, 9, 40)]).astype(float) for _ in range(4)]
+
+    assert contrast_bootstrap(four[:2], [-1, 1], share) == paired_bootstrap(*four[:2], share)
+    found = contrast_bootstrap(four, INTERACTION, share, n_resamples=300, seed=5)
+    assert isinstance(found, Interval)
+
+    def interaction(weights):
+        base, a, b, both = ((weights @ one)[0] / (weights @ one)[1] for one in four)
+        return float((both - base) - (a - base) - (b - base))
+
+    assert found.value == pytest.approx(interaction(np.ones(40)))
+    weights = np.random.default_rng(5).multinomial(40, np.full(40, 1 / 40), size=300)
+    draws = [interaction(one) for one in weights.astype(float)]
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
+    beyond = min(sum(one <= 0 for one in draws), sum(one >= 0 for one in draws))
+    assert found.p == pytest.approx(min(1.0, 2 * (beyond + 1) / 301))
+    assert found.n == 40
+
+
+def test_two_changes_that_add_up_have_no_interaction_in_any_resample():
+    rng = np.random.default_rng(1)
+    base, a, b = (rng.integers(0, 9, (25, 1)).astype(float) for _ in range(3))
+    found = contrast_bootstrap([base, a, b, a + b - base], INTERACTION, lambda sums: sums[..., 0])
+    assert found == Interval(0.0, 0.0, 0.0, 25, p=1.0)
+
+
+def test_wrong_contrasts():
+    counts = np.ones((3, 2))
+    with pytest.raises(InputError, match=r"found shapes \(3, 2\) and \(4, 2\)"):
+        contrast_bootstrap([counts, np.ones((4, 2))], [1, -1], lambda sums: sums[..., 0])
+    with pytest.raises(InputError, match="found 3 weights for 2 conditions"):
+        contrast_bootstrap([counts, counts], [1, -1, 1], lambda sums: sums[..., 0])
+
+
+def test_holm_by_hand():
+    """Three tests: .01 x 3, .02 x 2, .04 x 1, none less than one before it; NaN is no test."""
+    assert holm([0.04, np.nan, 0.01, 0.02]) == pytest.approx([0.04, np.nan, 0.03, 0.04], nan_ok=True)
+    assert holm([0.5, 0.6]) == pytest.approx([1, 1])
+    assert holm([[0.01], [0.2]]) == pytest.approx(np.array([[0.02], [0.2]]))
+    assert np.isnan(holm([np.nan])).all()
+    assert holm([]).shape == (0,)
+    with pytest.raises(InputError, match="lie in"):
+        holm([0.5, 1.5])
+
+
+def test_holm_rejects_what_the_step_down_procedure_does():
+    """At every level, one after the other from the least p: reject while p <= alpha / (number left)."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p, alpha = rng.beta(0.3, 2, 12), rng.uniform(0.001, 0.3)
+        rejected = set()
+        for step, index in enumerate(np.argsort(p)):
+            if p[index] > alpha / (12 - step):
+                break
+            rejected.add(int(index))
+        assert set(np.flatnonzero(holm(p) <= alpha).tolist()) == rejected

@@ -52,7 +52,57 @@ def test_controls_follow_their_treatment_and_replace_one_intervention() -> None:
         "push",
         "push_none",
     ]
-    assert [one.name for one in make_conditions({"base": [], "push": [Push()]})] == ["base", "push"]
+    assert [one.name for one in make_conditions({"base": [], "push": [Push()]}, controls=False)] == ["base", "push"]
+
+
+def test_controls_run_unless_they_are_said_not_to(caplog: pytest.LogCaptureFixture) -> None:
+    assert [one.name for one in make_conditions({"base": [], "push": [Push()]})][1:] == [
+        "push",
+        "push_weak",
+        "push_none",
+    ]
+    assert not caplog.records
+
+
+def test_a_treatment_whose_controls_a_list_leaves_out_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    @dataclass
+    class Pull(Push):
+        def controls(self) -> dict[str, Intervention]:
+            return {"other": Plain()}
+
+    make_conditions({"base": [], "push": [Push()], "pull": [Pull()], "plain": [Plain()]}, controls=["weak"])
+    (record,) = caplog.records
+    assert "the treatment 'pull' runs without a control: it declares other" in record.getMessage()
+
+
+def test_pairs_put_two_treatments_together_in_their_order_without_controls() -> None:
+    given: dict[str, list[Intervention]] = {"base": [], "a": [Push(2.0)], "b": [Plain()], "c": [Push(3.0), Plain()]}
+    made = make_conditions(given, controls=["weak"], pairs=True)
+    assert [one.name for one in made] == ["base", "a", "a_weak", "b", "c", "c_weak", "a+b", "a+c", "b+c"]
+    pairs = made[-3:]
+    assert {one.role for one in pairs} == {"pair"}
+    assert [one.pair_of for one in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert pairs[1].interventions == (Push(2.0), Push(3.0), Plain())
+    assert not any(one.control_of for one in pairs)
+    some = make_conditions(given, controls=False, pairs=["c", "a"])
+    assert [one.name for one in some if one.role == "pair"] == ["a+c"]
+    assert [pair for pair in make_comparisons(made) if "a+b" in pair] == [("a+b", "base")]
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs", "message"),
+    [
+        (["base", "a"], True, "'pairs' needs at least two treatments; found 1"),
+        (["base", "a", "b"], ["a"], "'pairs' needs at least two treatments; found 1"),
+        (["base", "a", "b"], [], "'pairs' needs at least two treatments; found 0"),
+        (["base", "long", "b"], ["lnog"], "unknown treatment in 'pairs' 'lnog'; did you mean 'long'"),
+        (["base", "a", "b"], ["base", "a"], "unknown treatment in 'pairs' 'base'"),
+        (["base", "a", "b", "a+b"], True, r"two conditions are called 'a\+b'"),
+    ],
+)
+def test_wrong_pairs(names: list[str], pairs: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_conditions({name: [Plain()] for name in names}, pairs=pairs)
 
 
 def test_two_interventions_with_the_same_controls_get_names_of_their_own() -> None:

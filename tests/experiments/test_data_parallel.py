@@ -63,6 +63,7 @@ def make(vlm: VLM, captions: Dataset, pope: Dataset, tmp_path: Path) -> Make:
             model=vlm,
             dataset=[captions.take(3), pope.take(2)],
             conditions={"baseline": [], "vhr": [HeadReinforcement(alpha=3.0)]},
+            controls=False,
             probes=[HeadDivergence(n_resamples=100)],
             max_new_tokens={"captions": 6, "pope": 2},
             batch_size=2,
@@ -310,7 +311,11 @@ def test_accelerate_launch(
     data = {"task": "captions", "name": "scenes", "images": str(data_folder / "images")}
     data |= {"instances": str(data_folder / "instances.json"), "synonyms": str(data_folder / "synonyms.txt")}
     config = {"model": str(model_folder), "datasets": [data], "folders": [str(data_folder)], "batch_size": 1}
-    config |= {"conditions": {"baseline": [], "vhr": ["HeadReinforcement"]}, "probes": ["HeadDivergence"]}
+    config |= {
+        "conditions": {"baseline": [], "vhr": ["HeadReinforcement"]},
+        "controls": False,
+        "probes": ["HeadDivergence"],
+    }
     config |= {"max_new_tokens": 4, "n_resamples": 100}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     both = launched(["-m", "slitlamp.cli", "run", "mine.yaml", "--output", "two"], tmp_path)

@@ -151,3 +151,10 @@ def test_other_conditions_are_no_sweep(conditions: dict[str, Any]) -> None:
 def test_a_sweep_is_found() -> None:
     entries = {f"d{one}": [{"M3ID": {"decay": one, "gate": 0.3}}] for one in (0.1, 0.2, 0.4)}
     assert doses({"baseline": [], **entries}) == ("M3ID", "decay", {"d0.1": 0.1, "d0.2": 0.2, "d0.4": 0.4})
+
+
+def test_the_strength_of_a_list_is_its_length() -> None:
+    entries = {f"n{n}": [{"CutAttention": {"layers": list(range(n))}}] for n in (1, 2, 4)}
+    assert doses({"baseline": [], **entries}) == ("CutAttention", "number of layers", {"n1": 1.0, "n2": 2.0, "n4": 4.0})
+    alike = {"a": [{"CutAttention": {"layers": [0]}}], "b": [{"CutAttention": {"layers": [1]}}]}
+    assert doses({"baseline": [], **alike, "c": [{"CutAttention": {"layers": [0, 1]}}]}) is None

@@ -64,6 +64,7 @@ def test_killed_again_and_again(vlm: VLM, captions: Dataset, pope: Dataset, tmp_
             model=vlm,
             dataset=[captions.take(3), pope.take(1)],
             conditions={"baseline": [], "vhr": [HeadReinforcement(alpha=3.0)]},
+            controls=False,
             probes=[HeadDivergence(n_resamples=100)],
             showcase=True,
             max_new_tokens={"captions": 6, "pope": 2},

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import interventions
 from interventions import SubnetMask
 from probes import Subnetworks, TruthfulDirection
 from probes.truthful_file import TruthfulFile
@@ -46,6 +47,19 @@ def test_every_experiment_fits_the_embedded_model(
             one.check(organism.anatomy)
     for probe in made.probes:
         probe.sites(organism.anatomy)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_treatment_is_without_a_control_unless_the_experiment_says_so(path: Path) -> None:
+    made = Experiment.from_config(read_config(path), folders=[FOLDER])
+    if made.controls is False:
+        assert "controls: false" in path.read_text()
+        return
+    conditions = make_conditions(made.conditions, made.controls)
+    controlled = {one.control_of for one in conditions}
+    for one in conditions:
+        if one.role == "treatment" and any(each.controls() for each in one.interventions):
+            assert one.name in controlled
 
 
 def test_the_checkpoints_are_those_that_a_training_leaves() -> None:
@@ -89,17 +103,36 @@ def test_masks_are_of_the_weights_that_the_embedded_model_activates(path: Path, 
         assert found.float().mean() < 1 - sparsity + 1e-6
 
 
+def test_vectors_were_made_from_other_images_than_they_are_measured_on() -> None:
+    made_from = set(load_dataset("emoji_scenes/captions").images[-128:])
+    users = [path for path in FOLDER.glob("*.yaml") if "vectors/" in path.read_text()]
+    assert users
+    for path in users:
+        measured = Experiment.from_config(read_config(path), folders=[FOLDER]).dataset
+        assert all(made_from.isdisjoint(data.images) for data in measured)  # type: ignore[union-attr]
+    assert "data.items[-128:]" in (FOLDER / "vectors" / "README.md").read_text()
+
+
+def test_every_intervention_of_the_package_is_ranked() -> None:
+    config = read_config(FOLDER / "interventions.yaml")
+    ranked = [one.name for components in config.conditions.values() for one in components]
+    assert set(ranked) == {name for name in interventions.__all__ if hasattr(getattr(interventions, name), "edits")}
+    assert config.controls is True
+
+
 DIRECTION = FOLDER / "directions" / "truthful_seed0.safetensors"
 
 
 def test_the_direction_was_fitted_on_other_images_than_it_is_measured_on() -> None:
-    fitted = set(load_dataset("emoji_scenes/captions").images[-160:])
-    measured = Experiment.from_config(read_config(FOLDER / "dose_pre_intervention.yaml"), folders=[FOLDER]).dataset
-    assert len(fitted) == 160
-    assert all(fitted.isdisjoint(data.images) for data in measured)  # type: ignore[union-attr]
+    fitted = set(load_dataset("emoji_scenes/captions").images[-128:])
+    users = [path for path in FOLDER.glob("*.yaml") if "directions/" in path.read_text()]
+    assert users
+    for path in users:
+        measured = Experiment.from_config(read_config(path), folders=[FOLDER]).dataset
+        assert all(fitted.isdisjoint(data.images) for data in measured)  # type: ignore[union-attr]
     card = (FOLDER / "directions" / "README.md").read_text()
-    assert "data.images[-160:]" in card
-    assert "642 mentions, 157 of them" in card
+    assert "data.images[-128:]" in card
+    assert "532 mentions, 125 of them" in card
 
 
 def test_the_direction_scores_mentions_of_the_embedded_model_as_its_file_says(organism: VLM) -> None:
@@ -115,4 +148,4 @@ def test_the_direction_scores_mentions_of_the_embedded_model_as_its_file_says(or
     assert float(scores[true].mean()) < float(scores[~true].mean())
     assert abs(float(scores[true].mean() - detector.true_scores.mean())) < float(detector.true_scores.std()) / 2
     assert set(probe.mentions()["word"]) <= set(file.words)
-    assert len(detector.true_scores) == 642 - 157
+    assert len(detector.true_scores) == 532 - 125

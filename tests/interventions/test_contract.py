@@ -14,17 +14,30 @@ import torch
 from interventions import (
     M3ID,
     ActivationAddition,
+    CausalContrast,
+    ClsPruning,
     CutAttention,
+    FastVPruning,
+    FocalPruning,
+    FocusCut,
     HeadAblation,
     HeadReinforcement,
     ImageAttentionBoost,
+    ImageAttentionMask,
     ImageContrast,
     ImageFreeGuidance,
+    ImageTokenAblation,
+    InactiveHeads,
     InformedTokenBoost,
+    LayerDrop,
+    MaskedImageFusion,
     OutlierContrast,
+    PosthocDebias,
     ProjectionAblation,
+    SinkRedistribution,
     SkipPerceptual,
     SubnetMask,
+    TokenMerging,
     TruthfulPreIntervention,
 )
 from slitlamp.decoding import BacktrackingDecoding, Intervention
@@ -53,6 +66,8 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "HeadReinforcement zero": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="zero"), 1.0, 3.0),
     "HeadReinforcement noise": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="noise"), 1.0, 3.0),
     "HeadReinforcement mean": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="mean"), 1.0, 3.0),
+    "HeadReinforcement unk": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="unk"), 1.0, 3.0),
+    "HeadReinforcement grey": (lambda a: HeadReinforcement(alpha=a, layers=[0, 2], contrast="grey"), 1.0, 3.0),
     "HeadReinforcement both": (
         lambda a: HeadReinforcement(alpha=a, layers=[0, 1, 2], reinforce_image_free=True),
         1.0,
@@ -98,9 +113,63 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "ImageAttentionBoost text": (lambda a: ImageAttentionBoost(a, layers=[0, 1, 2], columns="text"), 0.0, 2.0),
     "InformedTokenBoost": (lambda a: InformedTokenBoost(2 * a, a, layers=[0, 1, 2]), 0.0, 1.0),
     "InformedTokenBoost random": (lambda a: InformedTokenBoost(2 * a, a, select="random"), 0.0, 2.0),
+    "ImageAttentionMask": (lambda n: ImageAttentionMask(window=3, layers=[0, 1][: int(n)]), 0, 2),
+    "ImageAttentionMask window": (lambda w: ImageAttentionMask(window=int(w)), 99, 1),
+    "ImageAttentionMask both": (
+        lambda n: ImageAttentionMask(window=3, direction="both", layers=[0, 1, 2][: int(n)]),
+        0,
+        3,
+    ),
+    "ImageAttentionMask diagonal": (lambda n: ImageAttentionMask("diagonal", layers=[0, 1][: int(n)]), 0, 2),
+    "ImageAttentionMask mutual": (lambda n: ImageAttentionMask("mutual", layers=[0, 1][: int(n)]), 0, 2),
+    "ImageAttentionMask random": (
+        lambda n: ImageAttentionMask(window=3, layers=[0, 1][: int(n)], select="random"),
+        0,
+        2,
+    ),
+    "ImageAttentionMask both random": (
+        lambda n: ImageAttentionMask(window=3, direction="both", layers=[0, 1][: int(n)], select="random"),
+        0,
+        2,
+    ),
+    "ImageAttentionMask mutual random": (
+        lambda n: ImageAttentionMask("mutual", layers=[0, 1][: int(n)], select="random"),
+        0,
+        2,
+    ),
+    "LayerDrop": (lambda n: LayerDrop(last=int(n)), 0, 2),
+    "LayerDrop post_softmax": (lambda n: LayerDrop(last=int(n), stage="post_softmax"), 0, 2),
+    "InactiveHeads": (lambda theta: InactiveHeads(theta, kept_layers=0), 0.0, 1.5),
+    "InactiveHeads pre_softmax": (lambda theta: InactiveHeads(theta, "pre_softmax", kept_layers=1), 0.0, 1.5),
+    "InactiveHeads random": (lambda theta: InactiveHeads(theta, kept_layers=0, select="random"), 0.0, 1.5),
+    "InactiveHeads fixed": (lambda n: InactiveHeads(heads=[(0, 1), (2, 3), (2, 0)][: int(n)]), 0, 3),
+    "SinkRedistribution": (
+        lambda p: SinkRedistribution(p, tau=1.5, rho=0.3, image_mass=0.1, layers=[0, 1, 2]),
+        0.0,
+        0.9,
+    ),
+    "SinkRedistribution rows": (
+        lambda p: SinkRedistribution(
+            p, tau=1.5, rho=0.3, image_mass=0.1, layers=[1], sinks="image", sink_dims=[3, 8], rows="text_after_image"
+        ),
+        0.0,
+        0.9,
+    ),
+    "SinkRedistribution random": (
+        lambda p: SinkRedistribution(p, tau=1.5, rho=0.3, image_mass=0.1, layers=[0, 1, 2], select="random"),
+        0.0,
+        0.9,
+    ),
+    "FocusCut": (lambda q: FocusCut(q), 0.0, 0.5),
+    "FocusCut layers": (lambda q: FocusCut(q, layers=[0, 2]), 0.0, 0.9),
+    "FocusCut random": (lambda q: FocusCut(q, select="random"), 0.0, 0.5),
     "ImageContrast": (lambda a: ImageContrast(alpha=a), 0.0, 2.0),
     "ImageContrast deleted": (lambda a: ImageContrast(alpha=a, view="deleted"), 0.0, 2.0),
     "ImageContrast zero": (lambda a: ImageContrast(alpha=a, view="zero", beta=0.5), 0.0, 2.0),
+    "ImageContrast unk": (lambda a: ImageContrast(alpha=a, view="unk"), 0.0, 2.0),
+    "ImageContrast both": (lambda a: ImageContrast(alpha=a, view="both"), 0.0, 2.0),
+    "ImageContrast white": (lambda a: ImageContrast(alpha=a, view="white"), 0.0, 2.0),
+    "ImageContrast blocked": (lambda a: ImageContrast(alpha=a, view="blocked", rho=0.8), 0.0, 2.0),
     "M3ID": (lambda a: M3ID(decay=a, offset=5), 0.0, 0.2),
     "ImageFreeGuidance": (lambda a: ImageFreeGuidance(scale=a), 1.0, 3.0),
     "ImageFreeGuidance PAI": (
@@ -108,9 +177,30 @@ CASES: dict[str, tuple[Make, float, float]] = {
         1.0,
         3.0,
     ),
+    "ImageFreeGuidance soft": (lambda a: ImageFreeGuidance(scale=a, view="soft", prompt=[VECTOR] * 3), 1.0, 3.0),
     "OutlierContrast": (lambda a: OutlierContrast(alpha=a, top_k=3), 0.0, 2.0),
     "OutlierContrast as released": (lambda a: OutlierContrast(alpha=a, top_k=3, variant="as_released"), 0.0, 2.0),
+    "ClsPruning": (lambda keep: ClsPruning(keep), 1.0, 0.25),
+    "ClsPruning original": (lambda keep: ClsPruning(keep, positions="original"), 1.0, 0.25),
+    "ClsPruning random": (lambda keep: ClsPruning(keep, select="random"), 1.0, 0.25),
+    "FocalPruning": (lambda keep: FocalPruning(keep), 1.0, 0.25),
+    "FocalPruning row": (lambda keep: FocalPruning(keep, unit="row", attention="received"), 1.0, 0.5),
+    "TokenMerging": (lambda keep: TokenMerging(keep), 1.0, 0.25),
+    "TokenMerging original": (lambda keep: TokenMerging(keep, positions="original", select="random"), 1.0, 0.25),
+    "ImageTokenAblation": (lambda share: ImageTokenAblation(share), 0.0, 0.75),
+    "ImageTokenAblation zero": (lambda share: ImageTokenAblation(share, value="zero", select="least"), 0.0, 0.75),
+    "FastVPruning": (lambda keep: FastVPruning(keep, layer=1), 1.0, 0.25),
+    "FastVPruning random": (lambda keep: FastVPruning(keep, layer=1, select="random"), 1.0, 0.1),
     "OutlierContrast random": (lambda a: OutlierContrast(alpha=a, top_k=3, select="random"), 0.0, 2.0),
+    "CausalContrast": (lambda g: CausalContrast(g), 0.0, 1.0),
+    "CausalContrast vision": (lambda g: CausalContrast(g, "vision", "random"), 0.0, 2.0),
+    "CausalContrast language": (lambda g: CausalContrast(g, "language", "reversed", [0, 2]), 0.0, 2.0),
+    "CausalContrast uniform": (lambda g: CausalContrast(g, counterfactual="uniform"), 0.0, 1.0),
+    "PosthocDebias": (lambda s: PosthocDebias(s), 0.0, 1.0),
+    "PosthocDebias shift": (lambda s: PosthocDebias(s, ["yes", "no", "red"], "shift", "both"), 0.0, 1.0),
+    "PosthocDebias prior": (lambda s: PosthocDebias(s, ["dog", "cat"], prior=[0.9, 0.1]), 0.0, 1.0),
+    "MaskedImageFusion": (lambda a: MaskedImageFusion(alpha=a, keep=0.4), 0.0, 2.0),
+    "MaskedImageFusion random": (lambda a: MaskedImageFusion(alpha=a, keep=0.5, relevance="random"), 0.0, 2.0),
     "TruthfulPreIntervention": (lambda f: TruthfulPreIntervention(PROBE, fpr=f, steps="every"), 0.0, 0.5),
     "TruthfulPreIntervention objects": (
         lambda f: TruthfulPreIntervention(PROBE, fpr=f, words=["cat", "dog"]),
@@ -225,3 +315,23 @@ def test_bfloat16_runs(case: tuple[Make, float, float], llava: VLM, image: Any) 
         left_out = logits.isneginf() if make(strong).kind == "logits" else torch.zeros_like(logits, dtype=torch.bool)
         assert torch.isfinite(logits[~left_out]).all()
         assert not left_out.all(dim=-1).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_gives_what_it_gives_on_the_cpu(
+    case: tuple[Make, float, float], llava: VLM, batch: Batch, image: Any
+) -> None:
+    make, neutral, strong = case
+    there = VLM.wrap(copy.deepcopy(llava.model).to("cuda"), llava.processor)
+    moved = batch.to("cuda")
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with llava.apply(make(strong)):
+        wanted = llava.forward(batch).logits[:, -1]
+    with there.apply(make(strong)):
+        found = there.forward(moved).logits[:, -1].cpu()
+        assert len(there.generate(moved, max_new_tokens=4).texts) == 3
+    assert torch.allclose(found, wanted, atol=1e-3)  # float32, logits of order 1
+    baseline = there.generate(moved, max_new_tokens=6)
+    with there.apply(make(neutral)):
+        assert there.generate(moved, max_new_tokens=6).tokens == baseline.tokens

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import BUILDERS
 
 import slitlamp
 from interventions import M3ID, ImageContrast, ImageFreeGuidance, OutlierContrast
 from slitlamp.decoding import ContrastDecoding, image_free
-from slitlamp.decoding.views import diffused, only_tokens
+from slitlamp.decoding.two_branch import ContrastView
+from slitlamp.decoding.views import IMAGE_FREE, blocked, diffused, only_tokens, soft_prompt
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models import Batch
 from slitlamp.tracing import sites
@@ -84,7 +87,7 @@ def batch(organism: VLM) -> Batch:
 
 def test_each_view_is_the_one_named(organism: VLM, batch: Batch) -> None:
     context = organism._context(batch)
-    for how in ("deleted", "zero", "mean", "noise"):
+    for how in IMAGE_FREE:
         wanted, edits = image_free(batch, how, 3)
         reference = organism.forward(wanted, edits=edits).logits
         for method in (ImageContrast(view=how, seed=3), M3ID(view=how, seed=3), ImageFreeGuidance(view=how, seed=3)):
@@ -92,6 +95,38 @@ def test_each_view_is_the_one_named(organism: VLM, batch: Batch) -> None:
             assert torch.equal(organism.forward(view, edits=its_edits).logits, reference)
     ((view, _),) = ImageContrast(diffusion_step=700, seed=3).views(context)
     assert torch.equal(view.extra["pixel_values"], diffused(batch, 700, 3).extra["pixel_values"])
+
+
+def test_blocked_and_both_and_soft_are_the_views_of_their_names(organism: VLM, batch: Batch, tmp_path: Path) -> None:
+    context = organism._context(batch)
+
+    def logits(view: ContrastView) -> torch.Tensor:
+        found: torch.Tensor = organism.forward(view[0], edits=view[1]).logits[:, -1]
+        return found
+
+    (view,) = ImageContrast(view="blocked", rho=0.7, seed=2).views(context)
+    assert torch.equal(logits(view), logits(blocked(batch, organism.anatomy, 0.7, 2)))
+    assert not torch.equal(logits(view), logits(blocked(batch, organism.anatomy, 0.9, 2)))
+    both = ImageContrast(1.5, view="both", beta=0.0)
+    assert [len(one) for one in both.views(context)] == [2, 2]
+    clean, deleted, unk = logits((batch, ())), logits(image_free(batch)), logits(image_free(batch, "unk"))
+    assert not torch.allclose(deleted, unk, atol=1e-3)
+    with organism.apply(both):
+        fused = organism.forward(batch).logits[:, -1]
+    torch.testing.assert_close(fused, 2.5 * clean - 0.75 * deleted - 0.75 * unk, rtol=0, atol=2e-4)
+
+    soft = torch.randn(7, organism.anatomy.d_model, generator=torch.Generator().manual_seed(1))
+    save_file({"prompt": soft}, tmp_path / "soft.safetensors")
+    wanted = logits((soft_prompt(batch, soft), ()))
+    given: list[Path | list[list[float]]] = [tmp_path / "soft.safetensors", soft.tolist()]
+    for prompt in given:
+        method = ImageFreeGuidance(view="soft", prompt=prompt)
+        method.check(organism.anatomy)
+        (view,) = method.views(context)
+        assert torch.equal(logits(view), wanted)
+    assert ImageFreeGuidance(view="soft", prompt=given[0]).describe() == (
+        "guidance by the image against a soft prompt (soft.safetensors), scale 1.5, on logits"
+    )
 
 
 def test_log_probs_and_logits_decode_alike(organism: VLM, batch: Batch) -> None:
@@ -137,8 +172,8 @@ def test_outliers_are_first_in_the_attention_of_the_layer_that_the_model_reads(o
         with organism.apply(method):
             fused = organism.forward(batch).logits[:, -1]
         assert torch.equal(torch.stack(method.tokens_), expected)
-        view, edits = only_tokens(batch, list(expected), features)
-        clean, without = organism.forward(batch).logits[:, -1], organism.forward(view, edits=edits).logits[:, -1]
+        view = only_tokens(batch, list(expected), features)
+        clean, without = organism.forward(batch).logits[:, -1], organism.forward(view).logits[:, -1]
         kept = fused.isfinite()
         torch.testing.assert_close(fused[kept], (2 * clean - without)[kept], rtol=0, atol=2e-4)
 
@@ -219,6 +254,14 @@ def test_families_without_image_tokens_of_the_tower_are_refused(name: str, messa
         (ImageContrast(math.nan), "alpha"),
         (ImageContrast(diffusion_step=1000), "one of 0 to 999, found 1000"),
         (ImageContrast(beta=2.0), "beta must be between 0 and 1, found 2.0"),
+        (ImageContrast(view="blocked", rho=1.1), "between 0 and 1, found 1.1"),
+        (ImageFreeGuidance(view="soft"), "view='soft' needs a prompt"),
+        (ImageFreeGuidance(prompt=[[0.0] * 32]), "goes with view='soft', found view='mean'"),
+        (ImageFreeGuidance(view="soft", prompt=[[0.0] * 31]), r"\[1, 32\], found \[1, 31\]"),
+        (ImageFreeGuidance(view="soft", prompt=[]), r"\[1, 32\], found \[0\]"),
+        (ImageFreeGuidance(view="soft", prompt=[[0.0] * 32, [0.0]]), "one list per token"),
+        (ImageFreeGuidance(view="soft", prompt="none.safetensors"), "cannot be read as a safetensors file"),
+        (ImageFreeGuidance(view="sof"), "did you mean 'soft'"),  # type: ignore[arg-type]
         (ImageContrast(view="nose"), "did you mean 'noise'"),  # type: ignore[arg-type]
         (M3ID(decay=-0.1), "decay must be 0 or more"),
         (M3ID(max_weight=math.inf), "max_weight"),
@@ -248,6 +291,9 @@ def test_rows_without_an_image_are_refused(llava: VLM) -> None:
 
 def test_descriptions_say_what_is_done() -> None:
     assert ImageContrast().describe() == "contrast with a diffusion-noised image (step 500), alpha 1, beta 0.1"
+    assert ImageContrast(view="blocked").describe() == (
+        "contrast with an image that hardly any attention goes to (rho 0.99), alpha 1, beta 0.1"
+    )
     assert ImageContrast(2.0, "deleted").describe() == "contrast with no image, alpha 2, beta 0.1"
     assert OutlierContrast(variant="as_released").describe() == (
         "contrast with the 10 image tokens first in the encoder's attention alone, as released, alpha 0.5, beta 0.1"

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from interventions import SkipPerceptual
 from slitlamp.errors import InputError, UnknownNameError, UnsupportedError
-from slitlamp.flops import BlockSizes, Tokens, decoder_flops, skipped_flops
+from slitlamp.flops import BlockSizes, Tokens, decoder_flops, pruned_flops, skipped_flops
 from slitlamp.models import Batch
 from slitlamp.tracing import sites
 from slitlamp.vlm import VLM
@@ -195,6 +195,10 @@ def test_saved_operations_by_hand() -> None:
     assert skipped_flops(sizes, tokens, ("image",), "ffn", 2) == 2 * 2 * 768
     assert skipped_flops(sizes, tokens, ("image",), "block", 1) == 2 * (768 + 256) + 2 * 2 * 8 * 5
     assert skipped_flops(sizes, tokens, ("image", "text"), "parallel", 3) == 0
+    # one image token fewer: 1 + 2 + 3 + 4 + 5 keys in place of 1 + 2 + 3 + 4 + 5 + 6
+    assert pruned_flops(sizes, tokens, kept=1) == 4 * ((768 + 256 + 128) + 2 * 2 * 8 * 6)
+    assert pruned_flops(sizes, tokens, kept=1, from_layer=3) * 4 == pruned_flops(sizes, tokens, kept=1)
+    assert pruned_flops(sizes, tokens, kept=2) == 0
     method = SkipPerceptual(interval=1)  # blocks 1 and 2
     assert method.saved(sizes, tokens) == 2 * 2 * 768 / decoder_flops(sizes, tokens)
     assert SkipPerceptual(interval=0).saved(sizes, tokens) == 0

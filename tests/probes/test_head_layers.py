@@ -102,3 +102,23 @@ def test_times_are_ratios_to_the_reference(tmp_path: Path) -> None:
     figure = generation_time(data, 3.5)
     assert figure is not None
     assert [bar.get_width() for bar in figure.axes[0].patches] == [2.0, 3.0]  # type: ignore[attr-defined]
+
+
+def test_image_tokens_are_told_where_conditions_differ_in_them(tmp_path: Path) -> None:
+    timing = {"generate baseline": 2.0, "generate pruned": 1.0}
+    data = run_folder(tmp_path / "run", {"baseline": [], "pruned": [{"ClsPruning": {}}]}, timing)
+    counts = pd.DataFrame(
+        [("baseline", "a", 3, 64.0), ("baseline", "b", 1, 64.0), ("pruned", "a", 3, 16.0), ("pruned", "b", 1, 24.0)],
+        columns=["condition", "dataset", "n_items", "image_tokens"],
+    )
+    counts.to_parquet(data.folder / "tables" / "token_counts.parquet")
+    table = generation_times(data)
+    assert table is not None
+    assert table["image_tokens"].tolist() == [64.0, 18.0]
+    figure = generation_time(data, 6.6)
+    assert figure is not None
+    assert [text.get_text() for text in figure.axes[0].texts] == ["×1.00, 64 image tokens", "×0.50, 18 image tokens"]
+    counts.assign(image_tokens=64.0).to_parquet(data.folder / "tables" / "token_counts.parquet")
+    same = generation_times(RunData(data.folder))
+    assert same is not None
+    assert "image_tokens" not in same

@@ -12,6 +12,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from slitlamp.experiments.pairs import interaction_table
+from slitlamp.experiments.verdicts import verdict_tables
+
 CONDITIONS = ("baseline", "vhr", "vhr_random", "vhr_least", "vhr_all")
 SPLITS = (
     "emoji_scenes/pope_random",
@@ -127,6 +130,89 @@ def matched_recall(names: tuple[str, ...]) -> pd.DataFrame:
     )
 
 
+TREATMENTS = ("vhr", "boost", "vdd", "mask", "m3id")
+"""Of `composed`: what each is at CHAIR_i (difference to the reference; differences to its controls), half an interval .02."""
+EFFECTS = {
+    "vhr": (-0.06, {"random": -0.05, "least": -0.03}),
+    "boost": (-0.05, {"text": -0.01}),
+    "vdd": (-0.03, {}),
+    "mask": (0.3, {"random": 0.1}),
+    "m3id": (0.0, {"noise": 0.01}),
+}
+
+
+def composed(folder: Path, treatments: tuple[str, ...] = TREATMENTS) -> Path:
+    """A run of treatments with their controls, and of pairs: vdd and m3id are refused, vhr+boost falls short of the sum."""
+    info: list[tuple[str, str, str | None]] = [("baseline", "reference", None)]
+    rows: list[tuple[object, ...]] = []
+
+    def add(condition: str, reference: str, value: float) -> None:
+        for name, sign in (("chair_i", 1), ("chair_s", 1), ("recall", -0.5)):
+            rows.append((condition, reference, CAPTIONS, "captions", name, sign * value, 300))
+        for name in ("accuracy", "f1"):
+            rows.append((condition, reference, SPLITS[2], "pope", name, -0.3 * value, 250))
+
+    for name in treatments:
+        value, controls = EFFECTS[name]
+        info += [(name, "treatment", None), *((f"{name}_{one}", "control", name) for one in controls)]
+        add(name, "baseline", value)
+        for one, direct in controls.items():
+            add(f"{name}_{one}", "baseline", value - direct)
+            add(name, f"{name}_{one}", direct)
+    pairs = [(a, b) for i, a in enumerate(treatments) for b in treatments[i + 1 :] if (a, b) != ("vdd", "m3id")]
+    beyond = {pair: 0.04 if pair == ("vhr", "boost") else 0.005 for pair in pairs}
+    for a, b in pairs:
+        info.append((f"{a}+{b}", "pair", None))
+        add(f"{a}+{b}", "baseline", EFFECTS[a][0] + EFFECTS[b][0] + beyond[a, b])
+    columns = ["condition", "reference", "dataset", "task", "metric", "value", "n_images"]
+    differences = pd.DataFrame(rows, columns=columns)
+    differences["low"], differences["high"] = differences["value"] - 0.02, differences["value"] + 0.02
+    differences["p"] = np.where(differences["value"].abs() > 0.02, 0.001, 0.5)
+    scores = differences[differences["reference"] == "baseline"].drop(columns=["reference", "p"])
+    levels = {"chair_i": 0.25, "chair_s": 0.6, "recall": 0.7, "accuracy": 0.8, "f1": 0.8}
+    base = scores[scores["condition"] == treatments[0]].assign(condition="baseline", value=0.0, low=-0.02, high=0.02)
+    scores = pd.concat([base, scores], ignore_index=True)
+    for column in ("value", "low", "high"):
+        scores[column] += scores["metric"].map(levels)
+    tables = {
+        "conditions": scores.assign(n_questions=None),
+        "differences": differences,
+        "condition_info": pd.DataFrame(info, columns=["condition", "role", "control_of"]),
+        "matched_differences": differences[differences["metric"] == "chair_i"].drop(columns=["task", "metric"]),
+        "refused_pairs": pd.DataFrame(
+            [("vdd+m3id", "vdd", "m3id", "ImageContrast and M3ID are both contrasts")],
+            columns=["condition", "first", "second", "reason"],
+        ),
+    }
+    tables |= verdict_tables(tables)
+    found = [
+        (f"{a}+{b}", a, b, dataset, task, name, sign * beyond[a, b], n)
+        for a, b in pairs
+        for dataset, task, name, sign, n in (
+            (CAPTIONS, "captions", "chair_i", 1, 300),
+            (CAPTIONS, "captions", "recall", -0.5, 300),
+            (SPLITS[2], "pope", "f1", -0.3, 250),
+        )
+    ]
+    columns = ["condition", "first", "second", "dataset", "task", "metric", "value", "n_images"]
+    interactions = pd.DataFrame(found, columns=columns)
+    interactions["low"], interactions["high"] = interactions["value"] - 0.015, interactions["value"] + 0.015
+    interactions["p"] = np.where(interactions["value"].abs() > 0.015, 0.001, 0.6)
+    tables["interactions"] = interaction_table(interactions, differences, "baseline")
+    (folder / "tables").mkdir(parents=True)
+    for name, table in tables.items():
+        table.to_parquet(folder / "tables" / f"{name}.parquet")
+    config = {
+        "title": "Two at a time",
+        "conditions": {one: [] for one in ("baseline", *treatments)},
+        "seed": 0,
+        "level": 0.95,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "environment.json").write_text(json.dumps({"model": "organism", "device": "cpu", "finished": True}))
+    return folder
+
+
 def head_tables(n_layers: int = 6, n_heads: int = 8) -> dict[str, pd.DataFrame]:
     rng = np.random.default_rng(2)
     vhd = rng.gamma(3.0, 0.5, (n_layers, n_heads))
@@ -198,6 +284,10 @@ def showcase(
     return {"showcase_items": items, "showcase_words": table, "showcase_attention": attention}
 
 
+def _task(differences: pd.DataFrame) -> pd.Series:
+    return differences["dataset"].map(lambda name: "pope" if "pope" in name else "captions")
+
+
 def write_run(
     folder: Path, names: tuple[str, ...] = CONDITIONS, without: tuple[str, ...] = (), **replaced: pd.DataFrame
 ) -> Path:
@@ -228,7 +318,8 @@ def write_run(
         rows = [(one, other, 0.65, -0.004, -0.02, 0.012, 0.6, 300) for one, other in pairs]
         tables["matched_differences"] = pd.DataFrame(
             rows, columns=["condition", "reference", "recall", "value", "low", "high", "p", "n_images"]
-        )
+        ).assign(dataset=CAPTIONS)
+    tables |= verdict_tables({**tables, "differences": tables["differences"].assign(task=_task)})
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         if not name.startswith(tuple(without)):
@@ -273,3 +364,9 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete run; not to be changed."""
     return write_run(tmp_path_factory.mktemp("reports") / "demo")
+
+
+@pytest.fixture(scope="session")
+def composed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of several treatments and their pairs; not to be changed."""
+    return composed(tmp_path_factory.mktemp("reports") / "composed")

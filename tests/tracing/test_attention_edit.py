@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from contract import TEXTS, close, encode, pictures_of, prompt
 from edits import Edits
-from tiny_models import BUILDERS
+from hand_attention import FAMILIES, built, logits_with_mask, pairs
 from tiny_models.common import random_image
 
 from slitlamp.decoding.edits import knock_out
@@ -18,40 +17,6 @@ from slitlamp.models import Batch
 from slitlamp.tracing import AttentionEdit, attention_rows, attention_tap, sites
 from slitlamp.tracing.attention_tap import _held, _observers
 from slitlamp.vlm import VLM
-
-FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "smolvlm", "paligemma gemma2", "gemma3")
-"""GQA in all; packed towers, image tokens in several places, sliding windows, soft-capped scores."""
-
-
-def built(name: str, implementation: str) -> VLM:
-    vlm = BUILDERS[name]()
-    vlm.model.set_attn_implementation(implementation)
-    return vlm
-
-
-def logits_with_mask(vlm: VLM, batch: Batch, biases: dict[int, torch.Tensor]) -> torch.Tensor:
-    """The reference: a copy under eager attention whose modules are handed a mask [batch, head or 1, T, T] with the bias."""
-    model: Any = copy.deepcopy(vlm.model)
-    model.set_attn_implementation("eager")
-
-    def add(bias: torch.Tensor) -> Any:
-        def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            mask = kwargs["attention_mask"]
-            assert mask.is_floating_point()
-            return args, {**kwargs, "attention_mask": mask + bias}
-
-        return hook
-
-    for layer, bias in biases.items():
-        model.get_submodule(vlm.anatomy.attention(layer)).register_forward_pre_hook(add(bias), with_kwargs=True)
-    with torch.no_grad():
-        return model(**batch.inputs(), use_cache=False).logits
-
-
-def pairs(batch: Batch, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """-inf at the pairs [batch, 1, T, T] of some queries and keys, but for each position with itself."""
-    cut = queries[:, None, :, None] & keys[:, None, None, :] & ~torch.eye(batch.length, dtype=torch.bool)
-    return torch.zeros(cut.shape).masked_fill(cut & batch.real_mask[:, None, :, None], -torch.inf)
 
 
 def last(batch: Batch) -> torch.Tensor:
@@ -320,3 +285,84 @@ def test_interventions_may_give_attention_edits(llava: VLM) -> None:
     wanted = llava.forward(batch, edits=edits).logits
     with llava.apply(Edits(edits)):  # type: ignore[arg-type]  # a list of either kind
         assert torch.equal(llava.forward(batch).logits, wanted)
+
+
+def showing(wanted: torch.Tensor, layers: tuple[int, ...] = (0, 1), queries: Any = "all") -> list[AttentionEdit]:
+    """Edits that show pairs, bool [batch, T, T]; none with the tokens that are generated."""
+
+    def show(rows: torch.Tensor, columns: torch.Tensor, calls: Any) -> torch.Tensor:
+        pad = [0, max(0, int(columns[-1]) + 1 - wanted.shape[2]), 0, max(0, int(rows.max()) + 1 - wanted.shape[1])]
+        whole = torch.nn.functional.pad(wanted, pad)
+        picked = whole.gather(1, rows[:, :, None].expand(-1, -1, whole.shape[2]))
+        return picked[:, None][..., columns]
+
+    return [AttentionEdit(layer, show, queries, shows=True) for layer in layers]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "paligemma" not in name])
+def test_pairs_that_are_shown_equal_a_mask_in_the_models_own_eager_attention(family: str, implementation: str) -> None:
+    """All image tokens see all text of their row; what the model shows already, and padding, stays as it is."""
+    vlm = built(family, implementation)
+    batch = encode(vlm, pictures_of(vlm))
+    later = torch.ones(batch.length, batch.length, dtype=torch.bool).triu(1)
+    shown = batch.image_mask[:, :, None] & batch.text_mask[:, None, :] & later
+    lifts = torch.zeros(shown.shape).masked_fill(shown, -torch.finfo(torch.float32).min)[:, None]
+    wanted = logits_with_mask(vlm, batch, {0: lifts, 1: lifts})  # eager masks hide by the least float
+    plain = vlm.forward(batch).logits
+    everything = torch.ones(batch.size, batch.length, batch.length, dtype=torch.bool)
+    asked = batch.image_mask[:, :, None] & ~batch.image_mask[:, None, :] & everything  # padding among the keys
+    found = vlm.forward(batch, edits=showing(asked)).logits
+    real = batch.real_mask
+    close(found[real], wanted[real])
+    changes = (found - plain).abs().amax(dim=-1)
+    assert changes[batch.image_mask.any(dim=1)[:, None] & real].max() > 1e-3
+
+
+def test_showing_what_a_model_shows_already_changes_nothing() -> None:
+    """PaliGemma's prompt sees all of itself."""
+    vlm = built("paligemma gemma2", "eager")
+    batch = encode(vlm, pictures_of(vlm))
+    everything = torch.ones(batch.size, batch.length, batch.length, dtype=torch.bool)
+    found, plain = vlm.forward(batch, edits=showing(everything)).logits, vlm.forward(batch).logits
+    close(found[batch.real_mask], plain[batch.real_mask])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_what_is_shown_can_be_cut_and_what_is_not_there_is_not_shown(implementation: str) -> None:
+    """Every pair is asked for: no key is padding, nor a generated token that comes after the query."""
+    vlm = built("llava", implementation)
+    batch = encode(vlm, pictures_of(vlm)).with_continuation([[6, 7], [8], [9, 10]])
+    everything = torch.ones(batch.size, batch.length, batch.length, dtype=torch.bool)
+    cut = AttentionEdit(1, lambda rows, columns, calls: (columns == batch.length - 4)[None, None, None], "image")
+    with vlm.trace(sites.attention("all", "all")) as trace:
+        vlm.forward(batch, edits=[cut, *showing(everything)])
+    for row in range(batch.size):
+        mine = batch.real_mask[row]
+        n, prompt_length = int(mine.sum()), int(mine.sum()) - batch.n_generated[row]
+        seen = torch.ones(n, n).tril().bool() | (torch.arange(n) < prompt_length)
+        assert torch.equal(trace["attention"][0][row][:, :n, :n] > 0, seen.expand(vlm.anatomy.n_heads, -1, -1))
+        column = n - 4  # every row ends where the batch does
+        seen[batch.image_mask[row][mine], column] = False
+        assert torch.equal(trace["attention"][1][row][:, :n, :n] > 0, seen.expand(vlm.anatomy.n_heads, -1, -1))
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_decoding_after_shown_pairs_equals_recomputation(family: str) -> None:
+    vlm = built(family, "sdpa")
+    batch = encode(vlm, pictures_of(vlm))
+    edits = showing(torch.ones(batch.size, batch.length, batch.length, dtype=torch.bool), queries="all")
+    with vlm.apply(Edits(edits)), vlm.trace(sites.logits()) as steps:  # type: ignore[arg-type]
+        generation = vlm.generate(batch, max_new_tokens=6, eos_token_id=[])
+    whole = generation.teacher_forced()
+    assert whole.length - batch.length == 6  # every row has as many, so that places are those of the prompt
+    with vlm.trace(sites.logits("before_generated")) as once:
+        vlm.forward(whole, edits=edits)
+    close(steps["logits"][0], once["logits"][0])
+
+
+def test_pairs_to_show_that_are_no_bool_are_refused(llava: VLM) -> None:
+    batch = llava.encode([random_image(0)], ["<image> what ?"])
+    bias = AttentionEdit(0, lambda *_: torch.zeros(1, 1, 1, 1), "last", shows=True)
+    with pytest.raises(InputError, match=r"shows pairs must give bool; it gave torch.float32"):
+        llava.forward(batch, edits=[bias])

@@ -192,3 +192,28 @@ def test_the_middle_of_a_block_cannot_be_edited(llava, image):
     edit = Edit("resid_mid", 1, lambda values, calls: values)
     with llava.apply(Edits([edit])), pytest.raises(UnsupportedError, match=r"'resid_mid'.*edit attn_out or resid_pre"):
         llava.forward(batch)
+
+
+def test_an_edit_of_the_prompt_alone_is_not_called_after_it(any_vlm, batch):
+    """What it does to the keys and values of the prompt stays: decoding goes on as after an edit that asks where it is."""
+    calls = []
+
+    def doubled(values, seen):
+        calls.append(seen.number)
+        return 2 * values
+
+    def asks(values, seen):
+        return 2 * values if seen.is_prefill else values
+
+    site = sites.logits(positions="last")
+    found = []
+    for edit in (Edit("z", 1, doubled, prefill_only=True), Edit("z", 1, asks)):
+        with any_vlm.apply(Edits([edit])), any_vlm.trace(site) as trace:
+            any_vlm.generate(batch, max_new_tokens=4, eos_token_id=[])
+        found.append(trace["logits"][0])
+    assert calls == [0]
+    assert torch.equal(*found)
+    with any_vlm.apply(Edits([Edit("z", 1, doubled, prefill_only=True)])):
+        any_vlm.forward(batch)
+        any_vlm.generate(batch, max_new_tokens=2)
+    assert calls == [0] * 3

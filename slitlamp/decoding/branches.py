@@ -1,0 +1,214 @@
+"""The branches of a generation: each over a cache of its own, or, once all have run over their prompts, as one batch.
+
+A step of decoding takes about as long as reading the weights does, whatever the number of rows, as long as they are few: one
+forward pass over the rows of all branches costs far less than one for each branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
+
+from slitlamp.models.anatomy import Anatomy
+from slitlamp.models.batch import POSITIONS, Batch
+from slitlamp.tracing.pause import Pause
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Branch:
+    """One branch of a generation: what transformers prepared for it, with its own cache and positions.
+
+    The preparation is that of the model's own `generate`, which hands it over through `custom_generate`.
+
+    Args:
+        model, anatomy: of the run.
+        batch: what the branch runs on.
+        pause: of the branch's session, which is paused but for the time in which the branch runs alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, batch: Batch, pause: Pause) -> None:
+        self.anatomy = anatomy
+        self.batch = batch
+        self.generator: Any = None
+        self.inputs: dict[str, Any] = {}
+        self._model = model
+        self._pause = pause
+        self._ids: Tensor
+        paths = [path.rpartition(".")[::2] for path in anatomy.family.kept]
+        self._kept = [(model.get_submodule(owner), name) for owner, name in paths]
+        self._values = [getattr(owner, name) for owner, name in self._kept]
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """This branch alone runs; what the model keeps of a run in itself is that of this branch."""
+        theirs = [getattr(owner, name) for owner, name in self._kept]
+        with self._pause.set(False):
+            try:
+                self._put(self._values)
+                yield
+            finally:
+                self._values = [getattr(owner, name) for owner, name in self._kept]
+                self._put(theirs)
+
+    def _put(self, values: Sequence[Any]) -> None:
+        for (owner, name), value in zip(self._kept, values, strict=True):
+            setattr(owner, name, value)
+
+    def take(self, generator: Any, ids: Tensor, inputs: dict[str, Any]) -> None:
+        """What `generate` prepared: the module that generates, the ids of the prompts, and its other arguments."""
+        self.generator, self._ids, self.inputs = generator, ids, inputs
+
+    def prepare(self, arguments: Mapping[str, Any]) -> None:
+        """Let `generate` prepare inputs, cache and positions from its arguments."""
+
+        def take(
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: Any,
+            generation_config: GenerationConfig,
+            **model_kwargs: Any,
+        ) -> Tensor:
+            self.take(model, input_ids, model_kwargs)
+            return input_ids
+
+        with self._running():
+            self._model.generate(**arguments, custom_generate=take)  # type: ignore[operator]  # as in `VLM.generate`
+
+    def next(self, chosen: Tensor | None) -> Tensor:
+        """Raw logits of the next token, float32 [batch, vocab].
+
+        Args:
+            chosen: int64 [batch], the tokens that were chosen last; None at the first step, which runs over the prompts.
+        """
+        if chosen is not None:
+            self._ids = torch.cat([self._ids, chosen[:, None].to(self._ids.device)], dim=-1)
+        with self._running():
+            logits, self.inputs = _step(self.generator, self._ids, self.inputs, is_first=chosen is None)
+        return logits
+
+
+def _step(generator: Any, ids: Tensor, inputs: dict[str, Any], *, is_first: bool) -> tuple[Tensor, dict[str, Any]]:
+    """One forward pass: logits of the next token, float32 [row, vocab], and the arguments of the pass that follows."""
+    prepared = generator.prepare_inputs_for_generation(
+        ids,
+        next_sequence_length=None if is_first or not inputs.get("use_cache") else 1,
+        is_first_iteration=is_first,
+        **inputs,
+    )
+    output = generator(**prepared, return_dict=True)
+    following = generator._update_model_kwargs_for_generation(output, inputs, is_encoder_decoder=False)
+    return output.logits[:, -1].to(torch.float32, copy=True), following  # a view would hold the logits of the prompt
+
+
+class Branches:
+    """The branches of one generation, given the same chosen tokens.
+
+    Args:
+        branches: with as many rows each.
+        together: whether decode steps may run over all of them at once: in none of them is anything recorded or edited then.
+            What their caches and inputs do not allow is left alone.
+    """
+
+    def __init__(self, branches: Sequence[Branch], *, together: bool) -> None:
+        self._branches = list(branches)
+        self._together = together
+        self._merged: _Merged | None = None
+
+    def next(self, chosen: Tensor | None) -> list[Tensor]:
+        """Raw logits of the next token of each branch, float32 [batch, vocab]; see `Branch.next`."""
+        if self._together and chosen is not None:
+            self._together = False
+            inputs = _merge(self._branches)
+            if inputs is not None:
+                self._merged = _Merged(self._branches[0].generator, len(self._branches), inputs)
+        if self._merged is not None and chosen is not None:
+            return self._merged.next(chosen)
+        return [one.next(chosen) for one in self._branches]
+
+
+class _Merged:
+    """Branches as one batch, whose rows are theirs one after the other, over one cache."""
+
+    def __init__(self, generator: Any, number: int, inputs: dict[str, Any]) -> None:
+        self._generator = generator
+        self._number = number
+        self._inputs = inputs
+
+    def next(self, chosen: Tensor) -> list[Tensor]:
+        ids = chosen.repeat(self._number)[:, None]
+        logits, self._inputs = _step(self._generator, ids, self._inputs, is_first=False)
+        return list(logits.chunk(self._number))
+
+
+def _merge(branches: Sequence[Branch]) -> dict[str, Any] | None:
+    """The arguments of decode steps over the rows of all branches; None where they cannot be put together.
+
+    The keys and values of shorter branches get padding on the left, which the attention mask hides. The caches of the branches
+    are used up: the first one's becomes the cache of all, the others are emptied.
+    """
+    caches: list[Any] = [one.inputs.get("past_key_values") for one in branches]
+    if branches[0].anatomy.family.cross is not None or not all(_is_plain(cache) for cache in caches):
+        return None
+    aligned = {POSITIONS, *(name for one in branches for name in one.batch.aligned)}
+    images = {name for one in branches for name in one.batch.extra}
+    prompts = {"inputs_embeds", "mm_encoder_outputs", *images}  # used up
+    known = {"past_key_values", "attention_mask", *prompts}
+    along: list[dict[str, Tensor]] = []
+    rest: list[dict[str, Any]] = []
+    for one in branches:
+        found = {name: value for name, value in one.inputs.items() if name not in known}
+        along.append({name: value for name, value in found.items() if name in aligned and value is not None})
+        rest.append({name: value for name, value in found.items() if name not in along[-1]})
+    if POSITIONS not in along[0]:
+        return None  # the model counts by itself, and would count the padding, or by what it keeps of one run
+    if not all(isinstance(value, bool | int | float | str | None) for values in rest for value in values.values()):
+        return None
+    if any(one != rest[0] for one in rest) or any(one.keys() != along[0].keys() for one in along):
+        return None
+    mask = _padding_mask(branches, caches)
+    for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
+        layer.keys = _stacked([layer.keys, *(one.keys for one in others)])
+        layer.values = _stacked([layer.values, *(one.values for one in others)])
+        for one in others:
+            one.reset()
+    last = {name: torch.cat([one[name][..., -1:] for one in along], dim=-2) for name in along[0]}
+    return {**rest[0], **last, "past_key_values": caches[0], "attention_mask": mask}
+
+
+def _is_plain(cache: Any) -> bool:
+    """Whether a cache holds the keys and values of all positions, [row, head, position, d_head], in every layer."""
+    return (
+        type(cache) is DynamicCache
+        and not cache.offloading
+        and all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
+    )
+
+
+def _padding_mask(branches: Sequence[Branch], caches: Sequence[DynamicCache]) -> Tensor | None:
+    """int64 [row, position], 0 at padding, with the position of the next token; None where there is no padding."""
+    masks = []
+    for one, cache in zip(branches, caches, strict=True):
+        mask = one.inputs.get("attention_mask")
+        if mask is None:  # transformers leaves it out where all is 1
+            device = one.batch.device
+            mask = torch.ones(one.batch.size, cache.get_seq_length() + 1, dtype=torch.int64, device=device)
+        masks.append(mask)
+    longest = max(mask.shape[1] for mask in masks)
+    together = torch.cat([pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
+    return None if bool(together.all()) else together
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """Tensors [row, head, position, d_head] one after the other, with 0 before the positions of shorter ones."""
+    longest = max(one.shape[-2] for one in values)
+    return torch.cat([pad(one, (0, 0, longest - one.shape[-2], 0)) for one in values])
