@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+import interventions
 from slitlamp.models.families import families_table
 from slitlamp.vlm import VLM
 
@@ -27,6 +28,17 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     printed = capsys.readouterr().out
     assert "the image shows" in printed
     assert (tmp_path / "runs/readme/report.html").exists() or (tmp_path / "runs/readme/config.yaml").exists()
+
+
+def test_the_page_on_interventions_runs_and_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = python_blocks("docs/interventions.md")
+    exec(compile(block, "docs/interventions.md", "exec"), {"__name__": "page"})
+    printed = capsys.readouterr().out
+    assert "the image shows" in printed
+    assert "32 image tokens" in printed
+    text = (ROOT / "docs/interventions.md").read_text(encoding="utf-8")
+    table = "".join(line for line in text.splitlines() if line.startswith("|"))
+    assert [name for name in interventions.__all__ if f"`{name}`" not in table] == []
 
 
 def test_contributing_examples_run(organism: VLM, monkeypatch: pytest.MonkeyPatch) -> None:

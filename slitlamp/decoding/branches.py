@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+ROOM = 64
+"""Positions for which the keys and values of branches decoded at once have room ahead."""
+
+
 class Branch:
     """One branch of a generation: what transformers prepared for it, with its own cache and positions.
 
@@ -176,10 +180,11 @@ def _merge(branches: Sequence[Branch]) -> dict[str, Any] | None:
     if any(one != rest[0] for one in rest) or any(one.keys() != along[0].keys() for one in along):
         return None
     mask = _padding_mask(branches, caches)
-    for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
-        layer.keys = _stacked([layer.keys, *(one.keys for one in others)])
-        layer.values = _stacked([layer.values, *(one.values for one in others)])
-        for one in others:
+    for place, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        caches[0].layers[place] = _Roomy(
+            _stacked([one.keys for one in layers]), _stacked([one.values for one in layers])
+        )
+        for one in layers:
             one.reset()
     last = {name: torch.cat([one[name][..., -1:] for one in along], dim=-2) for name in along[0]}
     return {**rest[0], **last, "past_key_values": caches[0], "attention_mask": mask}
@@ -208,7 +213,37 @@ def _padding_mask(branches: Sequence[Branch], caches: Sequence[DynamicCache]) ->
     return None if bool(together.all()) else together
 
 
+class _Roomy(DynamicLayer):
+    """A layer of a cache that is written into with room ahead, where `DynamicLayer` copies all that it holds in every step.
+
+    Args:
+        keys, values: [row, head, position, d_head], with `ROOM` positions beyond those that are held.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self._keys, self._values = keys, values
+        self._show(keys.shape[-2] - ROOM)
+
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        """What is held of so many positions."""
+        keys, values = self._keys[..., :length, :], self._values[..., :length, :]
+        self._length, self.keys, self.values = length, keys, values
+        return keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Put new keys and values behind those held, and give all."""
+        start = self._length
+        end = start + key_states.shape[-2]
+        if end > self._keys.shape[-2]:
+            self._keys, self._values = (pad(one, (0, 0, 0, ROOM)) for one in (self._keys, self._values))
+        self._keys[..., start:end, :] = key_states
+        self._values[..., start:end, :] = value_states
+        return self._show(end)
+
+
 def _stacked(values: Sequence[Tensor]) -> Tensor:
-    """Tensors [row, head, position, d_head] one after the other, with 0 before the positions of shorter ones."""
+    """Tensors [row, head, position, d_head] one after the other, with 0 before the positions of shorter ones, and room."""
     longest = max(one.shape[-2] for one in values)
-    return torch.cat([pad(one, (0, 0, longest - one.shape[-2], 0)) for one in values])
+    return torch.cat([pad(one, (0, 0, longest - one.shape[-2], ROOM)) for one in values])

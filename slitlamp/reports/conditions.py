@@ -162,7 +162,10 @@ def differences_panel(
 def better_way(ax: Axes, info: Metric) -> None:
     """Above the right corner, which way is better, where one is."""
     better = {"lower": "← better", "higher": "better →"}.get(info.better, "")
-    ax.text(1, 1.03, better, transform=ax.transAxes, ha="right", va="bottom", fontsize=8, color=GREY, label="_better")
+    ax.annotate(
+        better, (1, 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", ha="right", va="bottom",
+        fontsize=8, color=GREY, label="_better",
+    )  # fmt: skip
 
 
 def extremes(rows: pd.DataFrame) -> tuple[float, float]:

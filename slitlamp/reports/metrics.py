@@ -144,8 +144,8 @@ DEFINITIONS: Final = {
         "objects."
     ),
     "control": (
-        "A control makes an equally large change that does not use the idea under test (here: the same number of "
-        "heads, chosen at random); only what goes beyond it speaks for the idea."
+        "A control makes an equally large change that does not use the idea under test (as many heads, tokens or layers "
+        "drawn at random, say, or another image); only what goes beyond it speaks for the idea."
     ),
     "interval": (
         "Brackets hold {level} intervals from a bootstrap over images; differences are paired (the same images on both "

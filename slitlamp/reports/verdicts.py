@@ -33,6 +33,8 @@ CONTROL_LOOK: Final = ConditionStyle(VERMILLION, "v", "-", False)
 STAR: Final = "★"
 FEW_TREATMENTS: Final = 3
 """With more, the sentences at the top of the report are the verdicts alone."""
+_NAMED: Final = 6
+"""Most treatments of which nothing is shown that a sentence names; the table has them all."""
 _BAND: Final = "#f2f2f0"
 _COLUMNS: Final = ("treatment", "dataset", "metric", "value", "low", "high", "verdict")
 
@@ -114,7 +116,7 @@ def verdict_panel(
     )
     pad_limits(ax, *extremes(both), include=(0.0,))
     ax.xaxis.set_major_locator(locator())
-    ax.set_title(title or info.label, pad=17)
+    ax.set_title(title or info.label, pad=15, fontsize=8.5)
     better_way(ax, info)
     ax.set_xlabel(f"difference ({info.unit})" if info.unit else "difference")
     return ax
@@ -201,7 +203,9 @@ def _clauses(groups: dict[str, list[str]], reference: str) -> str:
     if BEATS_ALL not in groups:
         clauses.insert(0, f"no treatment beats {base} and every control")
     if NOTHING in groups:
-        clauses.append(f"of {join(groups[NOTHING])} nothing is shown")
+        others = groups[NOTHING]
+        named = join(others) if len(others) <= _NAMED else f"{'the other' if len(groups) > 1 else 'all'} {len(others)}"
+        clauses.append(f"of {named} nothing is shown")
     return "; ".join(clauses)
 
 
@@ -239,7 +243,14 @@ def verdict_tables(data: RunData) -> list[Table]:
         table = Table(
             f"{one.title}: treatment minus “{data.reference}” and minus its strongest control [{data.level} intervals, bold "
             "where they exclude zero].",
-            ["treatment", f"Δ to {data.reference}", "p, Holm", "strongest control", "Δ to that control", "verdict"],
+            [
+                "treatment",
+                "verdict",
+                f"Δ to {data.reference}",
+                "p, Holm",
+                "Δ to its strongest control",
+                "which control",
+            ],
         )
         for row in one.rows.to_dict("records"):
             effect, beyond = Estimate.of(row), Estimate.of(row, "control_value", "control_low", "control_high")
@@ -248,11 +259,11 @@ def verdict_tables(data: RunData) -> list[Table]:
                 (
                     str(row["treatment"]),
                     [
+                        Cell(str(row["verdict"]), strong=row["verdict"] == BEATS_ALL),
                         Cell(effect.text(signed=True), strong=effect.excludes(0.0)),
                         Cell(_p(row.get("p_holm"))),
-                        Cell(control),
                         Cell("–" if control == "–" else beyond.text(signed=True), strong=beyond.excludes(0.0)),
-                        Cell(str(row["verdict"]), strong=row["verdict"] == BEATS_ALL),
+                        Cell(control),
                     ],
                 )
             )

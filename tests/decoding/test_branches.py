@@ -20,7 +20,7 @@ from untouched import snapshot
 
 import slitlamp
 from interventions import ClsPruning, OutlierContrast, SkipPerceptual
-from slitlamp.decoding import Generation, image_free
+from slitlamp.decoding import Generation, branches, image_free
 from slitlamp.decoding.edits import replace_tokens, scale_heads
 from slitlamp.errors import UnsupportedError
 from slitlamp.models import Batch
@@ -207,6 +207,14 @@ def test_what_the_branches_held_is_given_back(organism: VLM, batch: Batch) -> No
         handle.remove()
     assert [one.get_seq_length() for one in caches] == [batch.length + 3, 0, 0]
     assert caches[0].layers[0].keys.shape[0] == 3 * batch.size
+
+
+def test_the_room_ahead_grows(organism: VLM, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values are written into room for so many positions; 12 steps need it four times over."""
+    wanted = both_ways(organism, batch, Against(), max_new_tokens=12, eos_token_id=[])[1]
+    monkeypatch.setattr(branches, "ROOM", 3)
+    found = both_ways(organism, batch, Against(), max_new_tokens=12, eos_token_id=[])[1]
+    assert torch.equal(found, wanted)
 
 
 def decodes(values: torch.Tensor, calls: Any) -> torch.Tensor:

@@ -101,24 +101,29 @@ def test_what_no_treatment_does_is_said_too(demo_run: Path) -> None:
     assert verdicts.headline(data) == [], "one treatment has sentences of its own at the top"
 
 
-@pytest.mark.parametrize(
-    ("p_holm", "said"),
-    [
-        ([0.2, 0.01, 0.5], "the one difference"),
-        ([0.01, 0.2, 0.5], "the one difference"),
-    ],
-)
-def test_a_correction_may_take_the_only_difference_away(
-    data: RunData, p_holm: list[float], said: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("n", "said"), [(7, "of all 7 nothing"), (6, "“t4” and “t5” nothing")])
+def test_a_long_list_of_what_shows_nothing_is_counted(
+    data: RunData, n: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = verdicts.shown(data)[0]
-    rows = one.rows.iloc[:3].assign(
-        p_holm=p_holm, low=[-2, -2, -2], high=[-1, 1, 1], verdict=[NOT_ALL, NOTHING, NOTHING]
+    rows = pd.concat([one.rows.iloc[:1]] * n).assign(
+        treatment=[f"t{i}" for i in range(n)], verdict=NOTHING, low=-1, high=1
     )
     monkeypatch.setattr(verdicts, "shown", lambda _: [one._replace(rows=rows)])
-    text = verdicts.verdict_findings(data)[1]
-    assert said in text
-    assert ("does not stand" in text) == (p_holm[0] > 0.05)
+    assert said in verdicts.verdict_findings(data)[0]
+
+
+@pytest.mark.parametrize(("p_holm", "stands"), [(0.2, False), (0.01, True)])
+def test_a_correction_may_take_the_only_difference_away(
+    data: RunData, p_holm: float, stands: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = verdicts.shown(data)[0]
+    rows = one.rows.iloc[:3].assign(p_holm=[p_holm, 0.01, 0.5], low=[-2, -2, -2], high=[-1, 1, 1])
+    monkeypatch.setattr(verdicts, "shown", lambda _: [one._replace(rows=rows)])
+    assert verdicts.verdict_findings(data)[1] == (
+        "Corrected for 3 treatments (Holm), the one difference to the reference that excludes zero "
+        f"{'stands' if stands else 'does not stand'} (p < .050)."
+    )
 
 
 def test_verdict_tables_hold_every_number(data: RunData) -> None:
@@ -129,11 +134,12 @@ def test_verdict_tables_hold_every_number(data: RunData) -> None:
         assert len(table.heads) == 6
         for (name, cells), row in zip(table.rows, one.rows.to_dict("records"), strict=True):
             assert name == row["treatment"]
-            assert cells[0].text == Estimate.of(row).text(signed=True)
-            assert cells[1].text == number(row["p_holm"])
-            assert cells[2].text == (row["control"] if row["n_controls"] else "–")
-            assert cells[4].text == row["verdict"]
-            assert cells[4].strong == (row["verdict"] == BEATS_ALL)
+            beyond = Estimate.of(row, "control_value", "control_low", "control_high").text(signed=True)
+            assert [cell.text for cell in cells] == [
+                *(row["verdict"], Estimate.of(row).text(signed=True), number(row["p_holm"])),
+                *((beyond, row["control"]) if row["n_controls"] else ("–", "–")),
+            ]
+            assert cells[0].strong == (row["verdict"] == BEATS_ALL)
 
 
 def test_a_matrix_has_single_effects_pairs_and_interactions_in_their_places(data: RunData) -> None:
