@@ -26,6 +26,7 @@ from interventions.sink_redistribution import SinkRedistribution
 from interventions.skip_perceptual import SkipPerceptual
 from interventions.subnet_mask import SubnetMask
 from interventions.token_merging import TokenMerging
+from interventions.truthful_pre_intervention import TruthfulPreIntervention
 
 __all__ = [
     "M3ID",
@@ -54,4 +55,5 @@ __all__ = [
     "SkipPerceptual",
     "SubnetMask",
     "TokenMerging",
+    "TruthfulPreIntervention",
 ]

@@ -175,7 +175,8 @@ class SinkRedistribution(Intervention):
                 if self.select == "random":
                     drawn[:] = [self._drawn(found, batch, layer)]
             else:
-                self.sinks_[layer] = torch.cat([self.sinks_[layer], found], dim=1)
+                before = self.sinks_[layer][:, : batch.length + calls.number - 1]  # decoding may have gone back
+                self.sinks_[layer] = torch.cat([before, found], dim=1)
             return values
 
         def move(weights: Tensor, rows: Tensor, columns: Tensor, calls: Calls) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from probes.direction_targets import direction_targets
 from probes.linear_fits import DEFAULT_STRENGTHS, MlpOptions
 from probes.steering_vectors import steering_vector
+from probes.truthful_file import save_direction
 from probes.truthful_fits import METHODS, LayerFits, Options, fit_layers
 from probes.truthful_gather import ANSWERS, COLUMNS, INPUT_LAYER, mention_rows, named_tokens
 from probes.truthful_pmc import pmc_tables
@@ -292,6 +294,22 @@ class TruthfulDirection(GatheringProbe):
             scores, mentions["hallucinated"], mentions["group"], self.target_fpr if fpr is None else fpr,
             n_resamples=self.n_resamples, seed=self.seed,
         )  # fmt: skip
+
+    def save(self, path: str | Path, layer: int | None = None, method: str = "logistic") -> Path:
+        """Write a direction as safetensors, for `interventions.TruthfulPreIntervention`.
+
+        Beside it go the scores, out of fold, of the mentions it was fitted on, from which a threshold at any false-positive rate
+        follows; for controls the same of a direction of shuffled labels, and random directions with their scores of the true
+        mentions; and the first words of the mentions.
+
+        Args:
+            path: of the file.
+            layer, method: which direction, as in `direction`.
+
+        Raises:
+            InputError: states of the tokens themselves (position "at"), which are not there before a token is chosen.
+        """
+        return save_direction(self, path, layer, method)
 
     def causal_targets(self, anatomy: Anatomy) -> list[CausalTarget]:
         """The first linear method's direction at its best layer: taken out, and a step against it (towards truth); see

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from slitlamp.decoding.backtracking import Decoded, backtracking_of, decode_back
 from slitlamp.decoding.generation import Generation, Plan, plan_generation
 from slitlamp.decoding.intervention import Intervention, RunContext, in_order
+from slitlamp.decoding.traceback_rules import Watch
 from slitlamp.decoding.two_branch import ContrastDecoding, contrast_of, contrasted, fuse, steps_of
 from slitlamp.decoding.visual_tokens import check_together, with_visual_edits
 from slitlamp.errors import InputError, UnsupportedError, unknown
@@ -333,7 +335,8 @@ class VLM:
         A nested `apply` adds to the outer one.
 
         Raises:
-            InputError, UnsupportedError: an intervention that does not fit this model, or two contrasts.
+            InputError, UnsupportedError: an intervention that does not fit this model, two contrasts, or two that decode in loops
+                of their own.
         """
         chosen = in_order(interventions)
         for one in chosen:
@@ -341,6 +344,7 @@ class VLM:
         before = list(self._interventions)
         together = in_order([*before, *chosen])
         contrast_of(together)
+        backtracking_of(together)
         check_together(together)
         self._in_force.interventions = together
         try:
@@ -419,6 +423,7 @@ class VLM:
         Returns:
             The Hugging Face model's output. Under a contrast, its logits are fused where they are those of a step of decoding
             (see `slitlamp.decoding.two_branch.ContrastDecoding`); all else in it, and what traces record, is of the clean branch.
+            Decoding that goes back (`slitlamp.decoding.backtracking`) changes nothing here.
         """
         return self._forward(batch, logits_to_keep, edits, contrast_of(self._interventions))
 
@@ -453,6 +458,8 @@ class VLM:
     ) -> Generation:
         """Generate after each prompt, under the traces and interventions in force.
 
+        Where decoding goes back (`slitlamp.decoding.backtracking`), traces record a plain generation of the final text.
+
         Args:
             batch: from `encode`.
             max_new_tokens: limit of new tokens.
@@ -463,7 +470,8 @@ class VLM:
         Raises:
             InputError: a batch with a continuation, a seed without sampling or sampling without a seed, no new tokens.
             UnsupportedError: beam search and other decoding that does not follow one sequence per row, token by token; under a
-                contrast also a cache or a loop (`custom_generate`) among the options.
+                contrast also a cache or a loop (`custom_generate`) among the options; under decoding that goes back, these, a
+                streamer or a time limit, and a model whose cache cannot be cut off.
         """
         plan = plan_generation(batch, max_new_tokens, seed, options, self.end_tokens)
         nnsight = self._nnsight()
@@ -471,6 +479,14 @@ class VLM:
             raise UnsupportedError("sampling on a server cannot be repeated: a seed here does not reach it")
         with self._lock, self._putting_back(), torch.random.fork_rng(enabled=seed is not None):
             start = time.perf_counter()
+            said = self._decode_back(batch, plan, seed)
+            if said is not None and not self._traces:
+                measured = {"n_image": said.n_image, "seconds": time.perf_counter() - start}
+                return Generation.of(
+                    batch, self.tokenizer, said.tokens, plan.ends, tracebacks=said.tracebacks, **measured
+                )
+            if said is not None:
+                plan, seed = plan.saying(said.tokens, batch.pad_token_id), None
             if nnsight is not None:
                 run, edits = self._context(batch), list[AnyEdit]()
                 decoding: Any = contextlib.nullcontext({**batch.inputs(), **plan.arguments})
@@ -497,7 +513,28 @@ class VLM:
             rows = sequences[:, run.batch.length :].tolist()
             seconds = time.perf_counter() - start
         n_image = tuple(run.batch.image_mask.sum(dim=1).tolist())
-        return Generation.of(batch, self.tokenizer, rows, plan.ends, n_image=n_image, seconds=seconds)
+        tracebacks = () if said is None else said.tracebacks
+        return Generation.of(
+            batch, self.tokenizer, rows, plan.ends, n_image=n_image, seconds=seconds, tracebacks=tracebacks
+        )
+
+    def _decode_back(self, batch: Batch, plan: Plan, seed: int | None) -> Decoded | None:
+        """What is said under an intervention that goes back; None where none is in force."""
+        backtracking = backtracking_of(self._interventions)
+        if backtracking is None:
+            return None
+
+        def decoded(watch: Watch) -> Decoded:
+            with self._putting_back():
+                run, edits = self._edited(batch)
+                if seed is not None:
+                    torch.manual_seed(seed)
+                return decode_back(self.model, run, edits, backtracking, watch, plan)
+
+        watch = backtracking.watch(self._context(batch))
+        first = decoded(watch)
+        second = backtracking.again(watch, first)
+        return first if second is None else decoded(second)
 
     @contextmanager
     def _decoding(self, run: RunContext, edits: Sequence[AnyEdit], plan: Plan) -> Iterator[dict[str, Any]]:

@@ -6,8 +6,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.batch import Batch
+
+
+@dataclass(frozen=True)
+class Traceback:
+    """Once that decoding went back in a text (see `slitlamp.decoding.backtracking`).
+
+    Attributes:
+        step: the step at which it was stopped, counted from 0 in the text as it stood.
+        token: the id that was about to be said there.
+        score: the detector's, of the state that chose it.
+        back_to: the step it went back to.
+        removed: the id that was taken out there.
+        replacement: the id that was put there.
+        capped: whether a cap ended it: what the sentence said before it was first gone back in was put back from `back_to`, the
+            first step at which that differs, on (`removed` and `replacement` are those of this step).
+    """
+
+    step: int
+    token: int
+    score: float
+    back_to: int
+    removed: int
+    replacement: int
+    capped: bool
 
 
 @dataclass(frozen=True, eq=False)  # it holds a batch
@@ -23,6 +50,7 @@ class Generation:
         n_image: per row, how many image tokens the language model was given: those of the prompt, or what edits of visual tokens
             left of them. For families that read the image by cross-attention, those that stand for it in the prompt.
         seconds: wall time of the whole generation, with all extra passes of interventions.
+        tracebacks: per row, where decoding went back, in order; () under no intervention that does.
     """
 
     batch: Batch
@@ -32,6 +60,7 @@ class Generation:
     stopped: tuple[bool, ...]
     n_image: tuple[int, ...] = ()
     seconds: float = float("nan")
+    tracebacks: tuple[tuple[Traceback, ...], ...] = ()
 
     def teacher_forced(self) -> Batch:
         """The prompts with the generated tokens after them, to be run in one forward pass."""
@@ -48,7 +77,7 @@ class Generation:
             tokenizer: which decodes the ids.
             rows: of ids.
             ends: ids that end a row.
-            measured: `n_image` and `seconds`.
+            measured: `n_image`, `seconds` and `tracebacks`.
         """
         tokens, stopped = [], []
         for row in rows:
@@ -67,7 +96,14 @@ class Generation:
 
     def __repr__(self) -> str:
         rows = [f"  {name}: {text!r}" for name, text in zip(self.batch.ids, self.texts, strict=True)]
-        return "\n".join([f"Generation of {len(self.texts)} texts", *rows[:8], *(["  ..."] if len(rows) > 8 else [])])
+        lines = [f"Generation of {len(self.texts)} texts", *rows[:8], *(["  ..."] if len(rows) > 8 else [])]
+        back = [one for row in self.tracebacks for one in row]
+        if back:
+            n_texts, n_capped = sum(map(bool, self.tracebacks)), sum(one.capped for one in back)
+            lines.append(
+                f"  tracebacks: {len(back) - n_capped} in {n_texts} texts, {n_capped} times a sentence put back"
+            )
+        return "\n".join(lines)
 
 
 def token_spans(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, tuple[tuple[int, int], ...]]:
@@ -104,6 +140,38 @@ class Plan:
 
     arguments: dict[str, Any]
     ends: tuple[int, ...]
+
+    def saying(self, rows: Sequence[Sequence[int]], pad_token_id: int) -> Plan:
+        """The plan of a plain generation that can only say these tokens: per row, ids up to its end."""
+        arguments = {
+            "max_new_tokens": max(map(len, rows)),
+            "num_beams": 1,
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+            "pad_token_id": pad_token_id,
+            "eos_token_id": list(self.ends) or None,
+            "logits_processor": LogitsProcessorList([_Saying(rows, pad_token_id)]),
+        }
+        return Plan(arguments, self.ends)
+
+
+class _Saying(LogitsProcessor):
+    """Leaves at every step one token to choose."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], pad_token_id: int) -> None:
+        self._rows = rows
+        self._pad = pad_token_id
+        self._step = 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Zero at the next token of each row, -inf elsewhere."""
+        step = self._step
+        self._step += 1
+        chosen = [row[step] if step < len(row) else self._pad for row in self._rows]
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter_(1, torch.tensor(chosen, device=scores.device)[:, None], 0.0)
 
 
 def plan_generation(

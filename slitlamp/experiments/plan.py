@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from slitlamp.decoding import BacktrackingDecoding
 from slitlamp.experiments import registry
 from slitlamp.experiments.conditions import Condition
 from slitlamp.experiments.config import ModelConfig
@@ -89,6 +90,11 @@ class Plan:
         files = {one for component in components for one in registry.files_of(component)}
         found = {recorded(one): hashlib.sha256(one.read_bytes()).hexdigest() for one in sorted(files)}
         return {one.name: one.fingerprint() for one in self.datasets} | found
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether a condition decodes with going back: predictions then count the tracebacks of every item."""
+        return any(isinstance(one, BacktrackingDecoding) for each in self.conditions for one in each.interventions)
 
     def measures(self, condition: str, dataset: str) -> bool:
         """Whether the probes run on this condition and data set."""

@@ -238,6 +238,10 @@ class Runner:
                         vlm.measure(fresh, generation.teacher_forced(), labels)
                         states[key] = fresh.state()
         rows = _prediction_rows(unit, data, items, generation)
+        if plan.goes_back:
+            back = generation.tracebacks or [()] * len(rows)
+            n_back = [sum(not one.capped for one in entries) for entries in back]
+            rows = [{**row, "tracebacks": one} for row, one in zip(rows, n_back, strict=True)]
         if plan.experiment.perplexity:
             with _clock(seconds, "perplexity"):
                 asked = data.task == "captions"

@@ -63,6 +63,7 @@ class Calls:
         self.number = -1
         self._fed: list[Tensor] = []
         self._alive = self._alive_before = (True,) * batch.size
+        self._alive_rows: Tensor | None = None
         self._cache: dict[tuple[str, int], Selection | None] = {}
         self._of_run: dict[object, Selection | None] = {}
 
@@ -130,10 +131,21 @@ class Calls:
 
     def _alive_mask(self) -> Tensor:
         """bool [batch], true for rows that have not ended."""
-        if self._fed and self._alive == self._alive_before:
-            return self._fed[-1]
-        self._alive_before = self._alive
-        return torch.tensor(self._alive, dtype=torch.bool, device=self.batch.device)
+        if self._alive_rows is None or self._alive != self._alive_before:
+            self._alive_before = self._alive
+            self._alive_rows = torch.tensor(self._alive, dtype=torch.bool, device=self.batch.device)
+        return self._alive_rows
+
+    def rewind(self, kept: Tensor) -> None:
+        """Decoding goes back: the cache has been cropped to the first tokens that were fed back.
+
+        Args:
+            kept: bool [batch, token fed back], of those that are still in the cache, false where a row has taken one back: it
+                is hidden from the row, and not among any positions.
+        """
+        self._fed = [fed & still for fed, still in zip(self._fed, kept.to(self.batch.device).unbind(1), strict=False)]
+        self.number = len(self._fed)
+        self._cache.clear()
 
     def select(self, positions: Positions) -> Selection | None:
         """The chosen query positions of the current call; None where no row has any."""

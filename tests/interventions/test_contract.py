@@ -38,8 +38,9 @@ from interventions import (
     SkipPerceptual,
     SubnetMask,
     TokenMerging,
+    TruthfulPreIntervention,
 )
-from slitlamp.decoding import Intervention
+from slitlamp.decoding import BacktrackingDecoding, Intervention
 from slitlamp.models import Batch
 from slitlamp.tracing import sites
 from slitlamp.vlm import VLM
@@ -48,6 +49,15 @@ Make = Callable[[float], Intervention]
 
 VECTOR = [(-1.0) ** (i // 3) * (1 + i % 5) for i in range(32)]
 MEANS = [[[0.3 * layer - 0.2 * head + 0.1 * i for i in range(8)] for head in range(4)] for layer in range(3)]
+SCORES = [10.0 * i for i in range(-3, 4)]
+PROBE = {
+    **dict.fromkeys(("direction", "shuffled_direction"), VECTOR),
+    **dict.fromkeys(("intercept", "shuffled_intercept"), 1.0),
+    **dict.fromkeys(("true_scores", "shuffled_true_scores"), SCORES),
+    "layer": 1,
+    "random_directions": [VECTOR[::-1], VECTOR[::-1]],
+    "random_true_scores": [SCORES, SCORES],
+}
 
 # name -> (strength -> intervention), the neutral strength, a strength that changes the output of the tiny model
 CASES: dict[str, tuple[Make, float, float]] = {
@@ -191,6 +201,17 @@ CASES: dict[str, tuple[Make, float, float]] = {
     "PosthocDebias prior": (lambda s: PosthocDebias(s, ["dog", "cat"], prior=[0.9, 0.1]), 0.0, 1.0),
     "MaskedImageFusion": (lambda a: MaskedImageFusion(alpha=a, keep=0.4), 0.0, 2.0),
     "MaskedImageFusion random": (lambda a: MaskedImageFusion(alpha=a, keep=0.5, relevance="random"), 0.0, 2.0),
+    "TruthfulPreIntervention": (lambda f: TruthfulPreIntervention(PROBE, fpr=f, steps="every"), 0.0, 0.5),
+    "TruthfulPreIntervention objects": (
+        lambda f: TruthfulPreIntervention(PROBE, fpr=f, words=["cat", "dog"]),
+        0.0,
+        1.0,
+    ),
+    "TruthfulPreIntervention places": (
+        lambda f: TruthfulPreIntervention(PROBE, fpr=f, steps="every", select="random_places"),
+        0.0,
+        0.5,
+    ),
 }
 
 
@@ -226,8 +247,12 @@ def test_neutral_strength_reproduces_the_baseline(case: tuple[Make, float, float
 def test_it_does_something(case: tuple[Make, float, float], llava: VLM, batch: Batch) -> None:
     make, _, strong = case
     baseline = llava.forward(batch).logits[:, -1]
+    said = llava.generate(batch, max_new_tokens=8).tokens
     with llava.apply(make(strong)):
         change = (llava.forward(batch).logits[:, -1] - baseline).abs()
+        if isinstance(make(strong), BacktrackingDecoding):  # its forward pass is the plain one
+            assert llava.generate(batch, max_new_tokens=8).tokens != said
+            return
     assert change[change.isfinite()].max() > 1e-3  # a contrast gives -inf to tokens that it leaves out
 
 
