@@ -86,14 +86,12 @@ def check_rows(queries: Positions, what: str, calls: Calls) -> None:
         raise InputError(f"the rows of {what}: {queries!r} is not one of {', '.join(TEXT_POSITIONS)}")
 
 
-def members_of(queries: Positions, calls: Calls, query: Tensor) -> Tensor:
+def members_of(queries: Positions, calls: Calls, query: Tensor) -> Tensor | None:
     """bool [batch, query], true at the rows of a call of the attention function on queries [batch, head, query, d_head] that are
-    among some positions; never at those of padding, nor of an item that has ended.
+    among some positions; never at those of padding, nor of an item that has ended. None where there are none.
     """
     selection = calls.select(queries)
-    if selection is None:
-        return torch.zeros(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-    return selection.mask(query.shape[2], query.device)
+    return None if selection is None else selection.mask(query.shape[2], query.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +122,8 @@ class Editor:
         places = self.calls.attention_places(query, n_keys)
         if mask is not None and mask.ndim != 4:
             raise UnsupportedError(f"an attention mask of shape {list(mask.shape)}; expected [batch, head, query, key]")
-        chosen = [(edit, members_of(edit.queries, self.calls, query)) for edit in self.edits]
-        chosen = [(edit, members) for edit, members in chosen if bool(members.any())]
+        found = [(edit, members_of(edit.queries, self.calls, query)) for edit in self.edits]
+        chosen = [(edit, members) for edit, members in found if members is not None]
         return EditedMask(chosen, self.calls, query, places, mask, scores, is_causal) if chosen else None
 
 
@@ -149,6 +147,13 @@ class EditedMask:
         self._mask = mask if mask is None else mask[..., : len(self._keys)]
         self._scores = scores
         self._is_causal = is_causal
+
+    @property
+    def _is_checked(self) -> bool:
+        """Whether what edits give is looked at, for which a GPU must be waited for: over the prompt and in the step after it. Later
+        steps have the same edits.
+        """
+        return self._calls.number <= 1
 
     def of(self, rows: QueryRows) -> Tensor:
         """The additive mask of some query rows, [batch, head or 1, chosen, key], in the dtype of the queries.
@@ -174,14 +179,15 @@ class EditedMask:
             if found.dtype == torch.bool:
                 total = total.masked_fill(found & here, -torch.inf)
             elif edit.relative:
-                if bool(here.any()):
+                if not self._calls.is_prefill or bool(here.any()):
                     sizes = self._scores(rows).abs() if sizes is None else sizes
                     total = total + torch.where(here, found * sizes, 0).to(total.dtype)
             else:
                 total = total + torch.where(here, found, 0).to(total.dtype)
-            empty = here & (hidden | (total == -torch.inf)).all(dim=-1, keepdim=True)
-            if bool(empty.any()):
-                self._refuse_empty(edit, empty, index)
+            if self._is_checked:
+                empty = here & (hidden | (total == -torch.inf)).all(dim=-1, keepdim=True)
+                if bool(empty.any()):
+                    self._refuse_empty(edit, empty, index)
         return total
 
     def _given(self, rows: QueryRows, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,8 +220,7 @@ class EditedMask:
         there = of_prompt[:, self._keys.clamp(max=batch.length - 1)] & (self._keys < batch.length)
         return there[:, None, None] & (self._keys > self._queries[index][:, None, :, None])
 
-    @staticmethod
-    def _check(edit: AttentionEdit, found: Tensor, shape: tuple[int, ...]) -> None:
+    def _check(self, edit: AttentionEdit, found: Tensor, shape: tuple[int, ...]) -> None:
         fits = found.ndim == 4 and all(have in (1, want) for have, want in zip(found.shape, shape, strict=True))
         if not fits or not (found.dtype == torch.bool or found.is_floating_point()):
             raise InputError(
@@ -226,7 +231,7 @@ class EditedMask:
             raise InputError(
                 f"an edit of the attention of layer {edit.layer} that shows pairs must give bool; it gave {found.dtype}"
             )
-        if edit.relative and not bool(found.isfinite().all()):
+        if edit.relative and self._is_checked and not bool(found.isfinite().all()):
             raise InputError(
                 f"an edit of the attention of layer {edit.layer} relative to its scores must be finite; to cut pairs, give bool"
             )
@@ -245,8 +250,13 @@ class EditedMask:
             output: without the edits.
             attend: (query rows int64 [batch, chosen], their mask) -> [batch, chosen, head, d_head].
         """
-        batch, heads = self._query.shape[:2]
-        selection = Selection.of(torch.stack([one for _, one in self._edits]).any(dim=0))
+        batch, heads, n_queries = self._query.shape[:3]
+        members = torch.stack([one for _, one in self._edits]).any(dim=0)
+        if n_queries == 1:
+            index = torch.zeros(batch, 1, dtype=torch.int64, device=self._query.device)
+            again = attend(index, self.of(index).masked_fill(~members[:, None, :, None], 0))
+            return torch.where(members[..., None, None].to(output.device), again, output)
+        selection = Selection.of(members)
         changed = output.clone()
         block = block_rows(batch, heads, len(self._keys))
         for start in range(0, selection.count, block):

@@ -35,10 +35,9 @@ class Selection:
 
     def mask(self, n_positions: int, device: torch.device) -> Tensor:
         """bool [row, position], true at the chosen positions."""
-        chosen = torch.zeros(self.index.shape[0], n_positions, dtype=torch.bool, device=device)
-        row, slot = self.valid.nonzero(as_tuple=True)
-        chosen[row.to(device), self.index[row, slot].to(device)] = True
-        return chosen
+        index, valid = self.index.to(device), self.valid.to(device, torch.uint8)
+        chosen = torch.zeros(len(index), n_positions, dtype=torch.uint8, device=device)
+        return chosen.scatter_reduce(1, index, valid, "amax").bool()
 
     @staticmethod
     def of(mask: Tensor) -> Selection:

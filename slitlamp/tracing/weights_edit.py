@@ -100,7 +100,7 @@ class WeightsEditor:
         """
         if self.edits[0].tower == "language":
             places = self.calls.attention_places(query, n_keys)
-            chosen = [(edit, members_of(edit.queries, self.calls, query)) for edit in self.edits]
+            found = [(edit, members_of(edit.queries, self.calls, query)) for edit in self.edits]
         else:
             if number > 0:
                 raise UnsupportedError(
@@ -108,8 +108,8 @@ class WeightsEditor:
                 )
             places = (torch.arange(query.shape[2], device=query.device), torch.arange(n_keys, device=query.device))
             everywhere = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-            chosen = [(edit, everywhere) for edit in self.edits]
-        chosen = [(edit, members) for edit, members in chosen if bool(members.any())]
+            found = [(edit, everywhere) for edit in self.edits]
+        chosen = [(edit, members) for edit, members in found if members is not None]
         return EditedWeights(chosen, self.calls, query, places, weights) if chosen else None
 
 
@@ -157,15 +157,23 @@ class EditedWeights:
             output: without the edits.
             value: [batch, kv head, key, d_head]; each is shared by head / kv head heads.
         """
-        batch, heads = self._query.shape[:2]
+        batch, heads, n_queries = self._query.shape[:3]
         groups = heads // value.shape[1]
-        selection = Selection.of(torch.stack([one for _, one in self._edits]).any(dim=0))
+        members = torch.stack([one for _, one in self._edits]).any(dim=0)
+
+        def mixed_of(index: Tensor) -> Tensor:
+            by_group = self.of(index).unflatten(1, (-1, groups)).flatten(2, 3)
+            return (by_group @ value).unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
+
+        if n_queries == 1:
+            mixed = mixed_of(torch.zeros(batch, 1, dtype=torch.int64, device=self._query.device))
+            return torch.where(members[..., None, None].to(output.device), mixed, output)
+        selection = Selection.of(members)
         changed = output.clone()
         block = block_rows(batch, heads, len(self._keys))
         for start in range(0, selection.count, block):
             index = selection.index[:, start : start + block]
-            by_group = self.of(index).unflatten(1, (-1, groups)).flatten(2, 3)
-            mixed = (by_group @ value).unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
+            mixed = mixed_of(index)
             row, slot = selection.valid[:, start : start + block].nonzero(as_tuple=True)
             changed[row.to(output.device), index[row, slot].to(output.device)] = mixed[row, slot]
         return changed
