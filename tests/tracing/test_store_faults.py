@@ -138,6 +138,23 @@ def record_until(call, n, function):
     function()
 
 
+def test_killed_twice_in_the_manifest(record, tmp_path, monkeypatch):
+    """The first process dies between linking the manifest and taking the file it wrote away, the second as it writes anew."""
+    folder = tmp_path / "store"
+    assert ended(fork(lambda: record_until("unlink", 1, lambda: record(folder, IDS[:4]))))
+    assert len(list(folder.iterdir())) == 2  # two names of one file
+
+    def die(*args, **options):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def again():
+        monkeypatch.setattr(store_files.json, "dumps", die)
+        record(folder, IDS[:4])
+
+    assert ended(fork(again))
+    check_prefix(folder)
+
+
 def test_two_processes_write_one_store(record, undisturbed, tmp_path):
     folder, whole = tmp_path / "store", tmp_path / "undisturbed"
     children = [fork(lambda rank=rank: record(folder, IDS[rank * 6 :][:6], writer=rank)) for rank in (0, 1)]

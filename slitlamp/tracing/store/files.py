@@ -78,6 +78,8 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], writer: str) -> di
     temporary = folder / f".{MANIFEST}.{writer}{PARTIAL}"
     with _explained(path):
         folder.mkdir(parents=True, exist_ok=True)
+        # what a killed process left may be a link to the manifest itself, which to open would be to empty
+        temporary.unlink(missing_ok=True)
         try:
             with temporary.open(
                 "wb"
