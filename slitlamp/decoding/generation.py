@@ -203,8 +203,8 @@ def plan_generation(
     for option in ("num_beams", "num_return_sequences"):
         if options.pop(option, 1) != 1:
             raise UnsupportedError(
-                f"{option} other than 1: slitlamp follows one sequence per row, which beam search moves to other rows as it goes; "
-                "decode greedily or by sampling"
+                f"{option} other than 1: slitlamp follows one sequence per row, which beam search moves to other rows; decode "
+                "greedily or by sampling"
             )
     for option in ("stop_strings", "stopping_criteria", "assistant_model", "prompt_lookup_num_tokens"):
         if options.get(option) is not None:

@@ -150,8 +150,8 @@ class EditedMask:
 
     @property
     def _is_checked(self) -> bool:
-        """Whether what edits give is looked at, for which a GPU must be waited for: over the prompt and in the step after it. Later
-        steps have the same edits.
+        """Whether what edits give is looked at, for which a GPU must be waited for: over the prompt and in the step after it.
+        Later steps have the same edits.
         """
         return self._calls.number <= 1
 
