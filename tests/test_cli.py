@@ -175,6 +175,12 @@ def test_a_run_from_a_file_and_its_report(
     assert "seed: the folder has 3, this run has 0" in failure(capsys, "run", "mine.yaml")
     assert command("publish", "out", "--to", "results") == 0
     assert (tmp_path / "results" / "out" / "head_divergence.png").is_file()
+    assert (tmp_path / "results" / "out" / "chair.png").is_file()
+    shutil.copy(run.folder / "figures" / "chair.png", run.folder / "figures" / "dose_response.png")
+    assert command("publish", "out", "--to", "results") == 0
+    kept = {path.stem for path in (tmp_path / "results" / "out").glob("*.png")}
+    assert {"dose_response", "head_divergence"} <= kept
+    assert not kept & {"chair", "differences", "recall_curve"}, "what a sweep shows is in one figure"
     assert command("run", "mine.yaml", "mine.yaml", "--set", "seed=3") == 0  # both have ended
     (run.folder / "report.html").unlink()
     assert command("report", "out") == 0

@@ -19,6 +19,9 @@ from slitlamp.experiments.summary import summary
 
 MAX_ROWS = 500
 """Longest table that is kept; longer ones hold items or tokens and are made again by the run."""
+SWEEP = "dose_response"
+IN_SWEEP = {"chair", "differences", "mention_index", "pope", "recall_curve"}
+"""Figures that are left out where there is one of scores against strength, which shows the same of many conditions better."""
 README = "README.md"
 _COLOURS = 128
 
@@ -26,8 +29,9 @@ _COLOURS = 128
 def publish(run: Run, folder: str | Path) -> Path:
     """Copy what a reader needs of a finished run into `folder/<name of the run>`, in place of an earlier copy.
 
-    Figures are kept as PNG of 128 colours, tables of up to 500 rows as CSV; README.md says what was found and shows the
-    figures. The README.md of `folder` lists all copies in it, in place of an earlier list.
+    Figures are kept as PNG of 128 colours, of a sweep of one strength those that show it; tables of up to 500 rows as CSV;
+    README.md says what was found and shows the figures. The README.md of `folder` lists all copies in it, in place of an earlier
+    list.
 
     Raises:
         RunFolderError: the run has not ended, or its report was not made.
@@ -39,6 +43,8 @@ def publish(run: Run, folder: str | Path) -> Path:
         raise RunFolderError(
             f"the run in {run.folder} has no figures; make its report first: slitlamp report {run.folder}"
         )
+    if any(path.stem == SWEEP for path in figures):
+        figures = [path for path in figures if path.stem not in IN_SWEEP]
     target = Path(folder) / run.folder.resolve().name
     if target.exists():
         shutil.rmtree(target)
