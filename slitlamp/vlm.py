@@ -465,16 +465,22 @@ class VLM:
             max_new_tokens: limit of new tokens.
             seed: of sampling; greedy decoding takes none.
             options: further arguments of Hugging Face's `generate` (`do_sample`, `temperature`, `top_p`, ...). Greedy
-                unless `do_sample=True`.
+                unless `do_sample=True`, or beam search with `num_beams`.
 
         Raises:
             InputError: a batch with a continuation, a seed without sampling or sampling without a seed, no new tokens.
-            UnsupportedError: beam search and other decoding that does not follow one sequence per row, token by token; under a
-                contrast also a cache or a loop (`custom_generate`) among the options; under decoding that goes back, these, a
-                streamer or a time limit, and a model whose cache cannot be cut off.
+            UnsupportedError: decoding that does not follow one text per prompt, token by token; under a contrast also a cache or
+                a loop (`custom_generate`) among the options; under decoding that goes back, these, a streamer or a time limit,
+                and a model whose cache cannot be cut off. Beam search under decoding that goes back, under traces (beams move
+                between rows: record `generation.teacher_forced()`), and over prompts that cannot be repeated.
         """
         plan = plan_generation(batch, max_new_tokens, seed, options, self.end_tokens)
         nnsight = self._nnsight()
+        if plan.beams is not None and self._traces:
+            raise UnsupportedError(
+                "beam search under a trace: beams move between rows, which recordings follow; generate first, then trace "
+                "vlm.forward(generation.teacher_forced())"
+            )
         if nnsight is not None and nnsight.remote is not False and seed is not None:
             raise UnsupportedError("sampling on a server cannot be repeated: a seed here does not reach it")
         with self._lock, self._putting_back(), torch.random.fork_rng(enabled=seed is not None):
@@ -491,7 +497,7 @@ class VLM:
                 run, edits = self._context(batch), list[AnyEdit]()
                 decoding: Any = contextlib.nullcontext({**batch.inputs(), **plan.arguments})
             else:
-                run, edits = self._edited(batch)
+                run, edits = self._edited(batch if plan.beams is None else batch.repeated(plan.beams.number))
                 decoding = self._decoding(run, edits, plan)
             with decoding as arguments:
                 if seed is not None:
@@ -512,7 +518,7 @@ class VLM:
             sequences = output if isinstance(output, torch.Tensor) else output.sequences
             rows = sequences[:, run.batch.length :].tolist()
             seconds = time.perf_counter() - start
-        n_image = tuple(run.batch.image_mask.sum(dim=1).tolist())
+        n_image = tuple(run.batch.image_mask.sum(dim=1).tolist())[:: 1 if plan.beams is None else plan.beams.number]
         tracebacks = () if said is None else said.tracebacks
         return Generation.of(
             batch, self.tokenizer, rows, plan.ends, n_image=n_image, seconds=seconds, tracebacks=tracebacks
@@ -523,6 +529,8 @@ class VLM:
         backtracking = backtracking_of(self._interventions)
         if backtracking is None:
             return None
+        if plan.beams is not None:
+            raise UnsupportedError(f"beam search beside {backtracking.name}: it goes back in one text per prompt")
 
         def decoded(watch: Watch) -> Decoded:
             with self._putting_back():
@@ -546,16 +554,18 @@ class VLM:
             *(self.model, self.anatomy, run.batch),
             traces=self._open_traces(),
             edits=edits,
-            end_tokens=plan.ends,
+            end_tokens=plan.ends if plan.beams is None else (),  # a row of a beam that ended goes on as another one
             decoding=True,
             pause=pause,
         ):
-            if contrast is None:
+            if contrast is None and plan.beams is None:
                 yield arguments
                 return
             untouched = not self._open_traces() and all(only_in_prefill(edit) for edit in edits)
             with contrasted(
-                *(self.model, self.anatomy, run.batch, contrast, views, arguments, pause), untouched=untouched
+                *(self.model, self.anatomy, run.batch, contrast, views, arguments, pause),
+                untouched=untouched,
+                beams=plan.beams,
             ) as fused:
                 yield fused
 

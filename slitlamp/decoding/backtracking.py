@@ -28,9 +28,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from slitlamp.decoding.generation import Plan, Traceback
+from slitlamp.decoding.generation import Plan, Traceback, check_criteria
 from slitlamp.decoding.intervention import Intervention, Kind, RunContext
 from slitlamp.decoding.shared_columns import Columns
 from slitlamp.decoding.traceback_rules import Row, Watch
@@ -210,9 +209,7 @@ def _check_mode(config: GenerationConfig, criteria: Sequence[Any], whose: str) -
         raise UnsupportedError(
             f"use_cache=False beside {whose}: it cuts the cache off where it goes back; leave it out"
         )
-    odd = [type(one).__name__ for one in criteria if not isinstance(one, EosTokenCriteria | MaxLengthCriteria)]
-    if odd:
-        raise UnsupportedError(f"{', '.join(odd)} beside {whose}: rows end at an end token or at max_new_tokens")
+    check_criteria(criteria, whose)
 
 
 def _take(rows: Sequence[Row], chosen: Tensor, found: Tensor, logits: Tensor, scores: Tensor, n_ranked: int) -> bool:

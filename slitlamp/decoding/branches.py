@@ -100,6 +100,11 @@ class Branch:
             logits, self.inputs = _step(self.generator, self._ids, self.inputs, is_first=chosen is None)
         return logits
 
+    def reorder(self, order: Tensor) -> None:
+        """Let every row go on from another one of the same prompt, int64 [batch]."""
+        self._ids = self._ids[order.to(self._ids.device)]
+        self.inputs["past_key_values"].reorder_cache(order)
+
 
 def _step(generator: Any, ids: Tensor, inputs: dict[str, Any], *, is_first: bool) -> tuple[Tensor, dict[str, Any]]:
     """One forward pass: logits of the next token, float32 [row, vocab], and the arguments of the pass that follows."""
@@ -139,6 +144,14 @@ class Branches:
             return self._merged.next(chosen)
         return [one.next(chosen) for one in self._branches]
 
+    def reorder(self, order: Tensor) -> None:
+        """Let every row go on from another one of the same prompt, int64 [batch], in all branches."""
+        if self._merged is not None:
+            self._merged.reorder(order)
+            return
+        for one in self._branches:
+            one.reorder(order)
+
 
 class _Merged:
     """Branches as one batch, whose rows are theirs one after the other, over one cache."""
@@ -152,6 +165,11 @@ class _Merged:
         ids = chosen.repeat(self._number)[:, None]
         logits, self._inputs = _step(self._generator, ids, self._inputs, is_first=False)
         return list(logits.chunk(self._number))
+
+    def reorder(self, order: Tensor) -> None:
+        self._inputs["past_key_values"].reorder_cache(
+            torch.cat([order + number * len(order) for number in range(self._number)])
+        )
 
 
 def _merge(branches: Sequence[Branch]) -> dict[str, Any] | None:
@@ -241,6 +259,12 @@ class _Roomy(DynamicLayer):
         self._keys[..., start:end, :] = key_states
         self._values[..., start:end, :] = value_states
         return self._show(end)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put other rows in the place of the rows."""
+        index = beam_idx.to(self._keys.device)
+        self._keys, self._values = self._keys[index], self._values[index]
+        self._show(self._length)
 
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:

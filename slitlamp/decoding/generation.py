@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from slitlamp.decoding.beam_search import Beams
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.batch import Batch
 
@@ -136,10 +138,13 @@ def token_spans(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, tuple[tuple
 
 @dataclass(frozen=True)
 class Plan:
-    """How to generate: the arguments of Hugging Face's `generate` beside the batch's inputs, and the ids that end a row."""
+    """How to generate: the arguments of Hugging Face's `generate` beside the batch's inputs, the ids that end a row, and the
+    beams of a search (None for other decoding).
+    """
 
     arguments: dict[str, Any]
     ends: tuple[int, ...]
+    beams: Beams | None = None
 
     def saying(self, rows: Sequence[Sequence[int]], pad_token_id: int) -> Plan:
         """The plan of a plain generation that can only say these tokens: per row, ids up to its end."""
@@ -174,6 +179,17 @@ class _Saying(LogitsProcessor):
         return only.scatter_(1, torch.tensor(chosen, device=scores.device)[:, None], 0.0)
 
 
+def check_criteria(criteria: Sequence[Any], whose: str) -> None:
+    """Refuse what ends rows otherwise than by their tokens and their length.
+
+    Raises:
+        UnsupportedError: there is such a criterion.
+    """
+    odd = [type(one).__name__ for one in criteria if not isinstance(one, EosTokenCriteria | MaxLengthCriteria)]
+    if odd:
+        raise UnsupportedError(f"{', '.join(odd)} beside {whose}: rows end at an end token or at max_new_tokens")
+
+
 def plan_generation(
     batch: Batch, max_new_tokens: int, seed: int | None, options: Mapping[str, Any], default_ends: Sequence[int]
 ) -> Plan:
@@ -200,12 +216,17 @@ def plan_generation(
         raise InputError(
             "sampling needs a seed, so that it can be repeated" if sample else "greedy decoding takes no seed"
         )
-    for option in ("num_beams", "num_return_sequences"):
-        if options.pop(option, 1) != 1:
-            raise UnsupportedError(
-                f"{option} other than 1: slitlamp follows one sequence per row, which beam search moves to other rows; decode "
-                "greedily or by sampling"
-            )
+    beams = None
+    number = options.pop("num_beams", 1)
+    search = {name: options.pop(name) for name in ("length_penalty", "early_stopping") if options.get(name) is not None}
+    if number != 1:
+        if sample:
+            raise UnsupportedError("num_beams with do_sample: beams are searched for without sampling")
+        if not isinstance(number, int) or number < 1:
+            raise InputError(f"num_beams must be a whole number of 1 or more, found {number!r}")
+        beams = Beams(number, **search)
+    if options.pop("num_return_sequences", 1) != 1:
+        raise UnsupportedError("num_return_sequences other than 1: slitlamp follows one text per prompt")
     for option in ("stop_strings", "stopping_criteria", "assistant_model", "prompt_lookup_num_tokens"):
         if options.get(option) is not None:
             raise UnsupportedError(f"{option}: rows must end at an end token or at max_new_tokens, token by token")
@@ -220,4 +241,4 @@ def plan_generation(
         "eos_token_id": list(ends) or None,
         **options,
     }
-    return Plan(arguments, ends)
+    return Plan(arguments, ends, beams)

@@ -28,7 +28,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
+from slitlamp.decoding.beam_search import Beams, search
 from slitlamp.decoding.branches import Branch, Branches
+from slitlamp.decoding.generation import check_criteria
 from slitlamp.decoding.intervention import Intervention, Kind, RunContext
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.anatomy import Anatomy
@@ -140,7 +142,13 @@ def steps_of(batch: Batch) -> int:
 
 
 def _choosable(
-    contrast: ContrastDecoding, logits: Sequence[Tensor], ids: Tensor, step: int, processors: LogitsProcessorList
+    contrast: ContrastDecoding | None,
+    logits: Sequence[Tensor],
+    ids: Tensor,
+    step: int,
+    processors: LogitsProcessorList,
+    *,
+    as_log_p: bool = False,
 ) -> Tensor:
     """The scores [batch, vocab] to choose from, after fusion, APC and the logits processors and warpers.
 
@@ -148,18 +156,26 @@ def _choosable(
     anew over the tokens that are left; in such a step the processors are called again.
 
     Args:
-        contrast: how to fuse.
+        contrast: how to fuse; None where there is a clean branch alone.
         logits: raw logits of the clean branch and of each view, [batch, vocab].
         ids: int64 [batch, position], the prompts and what has been generated.
         step: how many tokens have been generated before.
         processors: what `generate` was asked for.
+        as_log_p: whether processors are given log probabilities, as in beam search.
     """
+
+    def processed(scores: Tensor) -> Tensor:
+        found: Tensor = processors(ids, scores.log_softmax(dim=-1) if as_log_p else scores)  # type: ignore[arg-type]  # typed by old names
+        return found
+
     clean, *others = (one.to(ids.device) for one in logits)
+    if contrast is None:
+        return processed(clean)
     combined = contrast.combine(clean, others, torch.full(clean.shape[:1], step, device=clean.device))
     left = clean
     while True:
         kept = plausible(left, contrast.beta) & left.isfinite()
-        found: Tensor = processors(ids, combined.masked_fill(~kept, -torch.inf))  # type: ignore[arg-type]  # typed by old names
+        found = processed(combined.masked_fill(~kept, -torch.inf))
         if not contrast.beta:  # nothing is left out that could be taken back
             return found
         bare = found.isneginf().all(dim=-1, keepdim=True)
@@ -173,30 +189,34 @@ def contrasted(
     model: PreTrainedModel,
     anatomy: Anatomy,
     batch: Batch,
-    contrast: ContrastDecoding,
+    contrast: ContrastDecoding | None,
     views: Sequence[ContrastView],
     arguments: Mapping[str, Any],
     clean: Pause,
     *,
     untouched: bool,
+    beams: Beams | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Contrast branches beside a generation: gives the arguments for `generate` that make it decode from the fused logits.
 
     Args:
         model, anatomy: of the run.
         batch: what the clean branch runs on.
-        contrast: how to fuse.
+        contrast: how to fuse; None for beam search over the clean branch alone.
         views: of the batch, from `contrast.views`.
         arguments: of a plain `generate` on the batch.
         clean: of the session of the clean branch, which is open.
         untouched: whether nothing is recorded or edited in the decode steps of the clean branch.
+        beams: of a search; then every prompt is in the batch once for each beam.
 
     Raises:
-        UnsupportedError: decoding that is neither greedy nor sampling, or arguments that bring a cache or a decoding loop.
+        UnsupportedError: decoding that is neither greedy, sampling nor beam search, or arguments that bring a cache or a decoding
+            loop, and, beside beam search, a streamer or a time limit.
     """
-    for name in ("past_key_values", "custom_generate"):
+    whose = "beam search" if contrast is None else contrast.name
+    for name in ("past_key_values", "custom_generate", *(("streamer",) if beams else ())):
         if arguments.get(name) is not None:
-            raise UnsupportedError(f"{name} beside {contrast.name}: every branch has a cache and a loop of its own")
+            raise UnsupportedError(f"{name} beside {whose}: every branch has a cache and a loop of its own")
     options = {name: value for name, value in arguments.items() if name not in batch.inputs()}
     ours = {name: value for name, value in options.items() if name not in ("streamer", "logits_processor")}
     branches: list[Branch] = []
@@ -219,10 +239,25 @@ def contrasted(
         ) -> Tensor:
             mode = generation_config.get_generation_mode()
             if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-                raise UnsupportedError(f"{mode.value} beside {contrast.name}: contrasts decode greedily or by sampling")
+                raise UnsupportedError(
+                    f"{mode.value} beside {whose}: contrasts decode greedily, by sampling or by beam search"
+                )
             first = Branch(model, anatomy, batch, clean)
             first.take(generator, input_ids, model_kwargs)
             every = Branches([first, *branches], together=together)
+            if beams is not None:
+                check_criteria(stopping_criteria, whose)
+
+                def score(texts: Tensor, order: Tensor | None) -> Tensor:
+                    if order is not None:
+                        every.reorder(order)
+                    logits = every.next(None if order is None else texts[:, -1])
+                    step = texts.shape[1] - input_ids.shape[1]
+                    return _choosable(contrast, logits, texts, step, logits_processor, as_log_p=True)
+
+                ends = tuple(arguments["eos_token_id"] or ())
+                with clean.set(True):
+                    return search(beams, input_ids, score, ends, arguments["max_new_tokens"], batch.pad_token_id)
             streamer = arguments.get("streamer")
             ids, chosen = input_ids, None
             running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)

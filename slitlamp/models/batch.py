@@ -11,7 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from slitlamp.errors import InputError
+from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.patches import Patches
 
 POSITIONS = "position_ids"
@@ -226,6 +226,43 @@ class Batch:
         bare = self.without_images_of([True] * self.size, extra)
         aligned = {name: values for name, values in bare.aligned.items() if name != POSITIONS}
         return replace(bare, cross_mask=None, features=None, aligned=aligned)
+
+    def repeated(self, times: int) -> Batch:
+        """The batch with every row so many times, one after the other.
+
+        Raises:
+            UnsupportedError: inputs of the images that are not row by row.
+        """
+        some = [name for name, value in self.extra.items() if isinstance(value, Tensor)]
+        odd = [name for name in some if len(self.extra[name]) != self.size]
+        if some and (odd or any(len(one) != 1 for one in self.images)):
+            raise UnsupportedError(
+                f"these prompts cannot be repeated: {', '.join(odd or some)} are not row by row (one image for each prompt, in "
+                "one picture)"
+            )
+        rows = torch.arange(self.size, device=self.device).repeat_interleave(times)
+
+        def taken(value: Any) -> Any:
+            return value[rows.to(value.device)] if isinstance(value, Tensor) else value
+
+        def each(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(one for one in values for _ in range(times))
+
+        return replace(
+            self,
+            input_ids=taken(self.input_ids),
+            attention_mask=taken(self.attention_mask),
+            image_mask=taken(self.image_mask),
+            patches=each(self.patches),
+            images=each(self.images),
+            ids=each(self.ids),
+            n_generated=each(self.n_generated),
+            groups=each(self.groups),
+            extra={name: taken(value) for name, value in self.extra.items()},
+            aligned={name: taken(value) for name, value in self.aligned.items()},
+            cross_mask=taken(self.cross_mask),
+            features=taken(self.features),
+        )
 
     def padded_left(self) -> Batch:
         """The batch with its padding before every row, wherever it was."""

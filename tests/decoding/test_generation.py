@@ -91,7 +91,7 @@ def test_what_generate_refuses(llava, image, monkeypatch):
         (InputError, "sampling needs a seed", {"do_sample": True}),
         (InputError, "greedy decoding takes no seed", {"seed": 0}),
         (InputError, "max_new_tokens must be 1 or more, found 0", {"max_new_tokens": 0}),
-        (UnsupportedError, "num_beams other than 1", {"num_beams": 2}),
+        (UnsupportedError, "num_beams with do_sample", {"num_beams": 2, "do_sample": True, "seed": 0}),
         (UnsupportedError, "num_return_sequences other than 1", {"num_return_sequences": 3}),
         (UnsupportedError, "stop_strings: rows must end at an end token", {"stop_strings": ["dog"]}),
     ]:

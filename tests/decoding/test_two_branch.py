@@ -451,7 +451,7 @@ def test_what_is_refused(organism: VLM, batch: Batch) -> None:
         with pytest.raises(UnsupportedError, match="apply one at a time"), organism.apply(Against()):
             pass
         for match, options in [
-            ("num_beams other than 1", {"num_beams": 2}),
+            ("streamer beside Against", {"num_beams": 2, "streamer": object()}),
             ("past_key_values beside Against", {"past_key_values": DynamicCache(config=organism.model.config)}),
             ("custom_generate beside Against", {"custom_generate": print}),
             ("dola_generation beside Against", {"dola_layers": "low"}),
