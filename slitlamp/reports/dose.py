@@ -30,6 +30,8 @@ from slitlamp.reports.style import (
 FEWEST = 3
 """Fewest strengths that make a curve."""
 CAPTIONS = ("chair_i", "chair_s", "recall", "mean_words", "perplexity")
+WIDE = 30.0
+"""Ratio of perplexities beyond which their axis is logarithmic."""
 METHOD = ConditionStyle(BLUE, "o", "-", True)
 CONTROLS = (
     ConditionStyle(ORANGE, "v", (0, (2, 1.2)), False),
@@ -129,6 +131,9 @@ def dose_curve(table: pd.DataFrame, name: str, parameter: str, ax: Axes | None =
             x, value, color=look.colour, marker=look.marker, markerfacecolor=look.face, linestyle=look.line,
             label=f"_{control or 'method'}",
         )  # fmt: skip
+    shown = rows.loc[rows["value"] > 0, "value"]
+    if name == "perplexity" and len(shown) and shown.max() > WIDE * shown.min():  # a control that breaks the model
+        ax.set_yscale("log")
     ax.set_xlabel(parameter)
     known = metric(name)
     ax.set_ylabel("F1, POPE" if name == "f1" else known.label)

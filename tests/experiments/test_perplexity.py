@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from interventions import HeadReinforcement
 from slitlamp.experiments import Dataset, Experiment, Run
 from slitlamp.experiments.probing import encoded
 from slitlamp.reports.data import RunData
-from slitlamp.reports.dose import dose_findings, dose_response, dose_response_note, dose_scores, doses
+from slitlamp.reports.dose import dose_curve, dose_findings, dose_response, dose_response_note, dose_scores, doses
 
 FACTORS = (1.0, 3.0, 9.0)
 
@@ -94,6 +95,18 @@ def test_every_score_is_drawn_against_the_strength(run: Run) -> None:
     assert list(lines["_random"].get_ydata()) == [scores[f"x{one:g}_random"] for one in FACTORS]  # type: ignore[arg-type]
     assert list(lines["_unmodified"].get_ydata()) == [scores["baseline"]] * 2  # type: ignore[arg-type]
     assert "HeadReinforcement at 3 values of alpha" in dose_response_note(data)
+
+
+@pytest.mark.parametrize(("broken", "scale"), [(1.3, "linear"), (20_000.0, "log")])
+def test_a_control_that_breaks_the_model_does_not_flatten_the_others(broken: float, scale: str) -> None:
+    rows = [
+        (dose, control, name, value, value, value)
+        for name, worst in (("perplexity", broken), ("chair_i", 0.9))
+        for dose, control, value in [(1.0, "", 1.2), (2.0, "", 1.4), (1.0, "random", 1.25), (2.0, "random", worst)]
+    ]
+    table = pd.DataFrame(rows, columns=["dose", "control", "metric", "value", "low", "high"])
+    assert dose_curve(table, "perplexity", "sparsity").get_yscale() == scale
+    assert dose_curve(table, "chair_i", "sparsity").get_yscale() == "linear"
 
 
 def test_what_the_strengths_show(run: Run, tmp_path: Path) -> None:
