@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from slitlamp.reports import findings
 from slitlamp.reports.conditions import need
@@ -134,6 +135,8 @@ def dose_curve(table: pd.DataFrame, name: str, parameter: str, ax: Axes | None =
     shown = rows.loc[rows["value"] > 0, "value"]
     if name == "perplexity" and len(shown) and shown.max() > WIDE * shown.min():  # a control that breaks the model
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel(parameter)
     known = metric(name)
     ax.set_ylabel("F1, POPE" if name == "f1" else known.label)

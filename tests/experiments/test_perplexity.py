@@ -105,7 +105,12 @@ def test_a_control_that_breaks_the_model_does_not_flatten_the_others(broken: flo
         for dose, control, value in [(1.0, "", 1.2), (2.0, "", 1.4), (1.0, "random", 1.25), (2.0, "random", worst)]
     ]
     table = pd.DataFrame(rows, columns=["dose", "control", "metric", "value", "low", "high"])
-    assert dose_curve(table, "perplexity", "sparsity").get_yscale() == scale
+    ax = dose_curve(table, "perplexity", "sparsity")
+    assert ax.get_yscale() == scale
+    ax.figure.canvas.draw()
+    labels = [label.get_text() for label in ax.get_yticklabels(which="both")]
+    assert any(labels)
+    assert not any("$" in label for label in labels)
     assert dose_curve(table, "chair_i", "sparsity").get_yscale() == "linear"
 
 
