@@ -327,26 +327,25 @@ def draw(outcomes: Sequence[Outcome], folder: Path) -> None:
     with style.style():
         figure = style.new_figure(8.4, 1.3 + 0.45 * len(names))
         panels = figure.subplots(1, 2, sharey=True)
-        for axes, what, label in zip(
-            panels, ("whole", "later"), ("the whole run", "tokens after the first"), strict=True
-        ):
+        for axes, what, label in zip(panels, ("whole", "later"), ("whole run", "tokens after the first"), strict=True):
             for place, name in enumerate(names):
                 promised = getattr(METHODS[name], what)
-                if promised is not None:
-                    axes.plot([promised[0]] * 2, [place - 0.4, place + 0.4], color=style.INK, linewidth=1.1, zorder=2)
                 for number, size in enumerate(batches):
                     height = place + 0.35 * ((number + 0.5) / len(batches) - 0.5)
                     colour, marker = marks[size]
+                    if promised is not None and size in promised[1]:
+                        reach = [height - 0.17, height + 0.17]
+                        axes.plot([promised[0]] * 2, reach, color=style.INK, linewidth=1.4, zorder=2)
                     for one in outcomes:
                         if (one.method, one.rows) == (name, size):
                             ratio = one.ratio(what)
                             axes.plot([ratio.low, ratio.high], [height] * 2, color=colour, linewidth=1.4, zorder=3)
                             axes.plot([ratio.value], [height], color=colour, marker=marker, zorder=4)
             axes.axvline(1, color=style.GREY, linewidth=0.8, zorder=1)
-            axes.set_xlabel(f"time of {label}, in times of the plain run")
+            axes.set_xlabel(f"{label}: time / plain")
         for size, (colour, marker) in marks.items():
             panels[0].plot([], [], linestyle="", color=colour, marker=marker, label=f"batch of {size}")
-        panels[0].plot([], [], color=style.INK, linewidth=1.1, label="promised at most")
+        panels[0].plot([], [], color=style.INK, linewidth=1.4, label="promised at most")
         panels[0].set_yticks(range(len(names)), [METHODS[name].title for name in names])
         panels[0].set_ylim(len(names) - 0.5, -0.5)
         figure.legend(handles=panels[0].get_legend_handles_labels()[0], loc="outside lower center", ncols=3)

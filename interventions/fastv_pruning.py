@@ -8,12 +8,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from interventions.image_columns import prompt_of
 from interventions.raised_scores import check_image_tokens
 from interventions.ranked_tokens import SELECTED, best, check_select, check_share, count_kept
+from slitlamp.decoding.edits import knock_out
 from slitlamp.decoding.intervention import Intervention, Kind, RunContext
 from slitlamp.errors import InputError
 from slitlamp.models import Anatomy
-from slitlamp.tracing import AttentionEdit, Calls
+from slitlamp.tracing import AttentionEdit
 from slitlamp.tracing.sites import attention
 
 Select = Literal["most", "least", "random"]
@@ -64,7 +66,7 @@ class FastVPruning(Intervention):
         batch = run.batch
         if self.keep == 1 or not bool(batch.image_mask.any()):
             return []
-        prompt = batch.prompt_only()
+        prompt = prompt_of(batch)
         site = attention("last", "image", layers=[self.layer - 1], reduce_heads="mean", label="received")
         recorded = run.trace(prompt, [site], ())["received"]
         values = recorded[self.layer - 1][:, 0].float().cpu()  # [batch, image token]
@@ -75,13 +77,7 @@ class FastVPruning(Intervention):
             kept.append(mask.nonzero()[:, 0])
             dropped[row, batch.image_mask[row].nonzero()[:, 0][(~mask).to(batch.device)]] = True
         self.kept_ = tuple(kept)
-
-        def cut(rows: Tensor, columns: Tensor, calls: Calls) -> Tensor:
-            gone = dropped.to(columns.device)[:, columns.clamp(max=batch.length - 1)]
-            gone = gone & (columns < batch.length)
-            return gone[:, None, None, :] & (rows[:, None, :, None] != columns)
-
-        return [AttentionEdit(layer, cut) for layer in range(self.layer, run.anatomy.n_layers)]
+        return knock_out(range(self.layer, run.anatomy.n_layers), "all", dropped)
 
     def controls(self) -> dict[str, Intervention]:
         """As many random tokens, and as many that get least attention."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interventions.image_columns import prompt_of
 from slitlamp.decoding.intervention import RunContext
 from slitlamp.models import Batch
 from slitlamp.models.patches import Patches
@@ -35,7 +36,7 @@ def grad_att(run: RunContext, layer: int) -> list[Tensor]:
     Returns:
         Per row, float32 [image token].
     """
-    batch = run.batch.prompt_only() if any(run.batch.n_generated) else run.batch
+    batch = prompt_of(run.batch)
     site = attention(queries="last", keys="image", layers=layer)
     trace = run.trace(batch, [site], (), gradient_of=_confidence)
     assert trace.gradients is not None

@@ -161,9 +161,7 @@ def _silent_at(layer: int, image: Tensor, heads: Tensor) -> Edit:
     """The outputs of some heads, bool [item, head], are zero at image tokens, bool [batch, position]."""
 
     def silence(values: Tensor, calls: Calls) -> Tensor:
-        if not calls.is_prefill:
-            return values
         silent = (image[:, :, None] & heads.to(image.device)[:, None]).to(values.device)
         return values.masked_fill(silent[..., None], 0)
 
-    return Edit("z", layer, silence)
+    return Edit("z", layer, silence, prefill_only=True)

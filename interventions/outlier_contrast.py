@@ -38,7 +38,7 @@ class OutlierContrast(ContrastDecoding):
     l* = (1 + alpha) l(all image tokens) - alpha l(outliers), on logits, then APC. Outliers are the `top_k` image tokens, of
     the view of the whole image, whose patches get most of the attention of the tower's CLS token in the block whose output the
     model reads. All other image tokens, those of tiles and ends of rows included, are taken out of the contrast. The cost
-    is one forward pass per run to find them, one more over the prompt, and twice the rows in every step; one image per row.
+    is a pass of the tower per run to find them, one more over the prompt, and twice the rows in every step; one image per row.
 
     Variants. "paper": attention as the tower has it, the mean over heads; tokens in the order of the image. "as_released": the
     dot product of queries and keys over the full width, heads not split, in the block before the last whichever the model

@@ -29,7 +29,7 @@ def of_tokens(run: RunContext, values: Tensor, n_patches: Sequence[int], whose: 
         Per row, float32 [image token], on the CPU; NaN for a token that stands for no patch (a CLS token, the end of a row).
 
     Raises:
-        InputError: a row with several images, or with high-resolution tiles.
+        InputError: a row with several images, or with high-resolution tiles, or attention that is not finite.
         UnsupportedError: a family whose image tokens have no place on the image.
     """
     batch = run.whole
@@ -42,8 +42,14 @@ def of_tokens(run: RunContext, values: Tensor, n_patches: Sequence[int], whose: 
                 "of the whole image; let the processor make one picture of it, or use FastVPruning, which goes by the decoder"
             )
         placed = place_tokens(run.anatomy, batch, row, n_patches)
+        own = placed.of_patches(values[placed.tile, : n_patches[placed.tile]], "sum").float().cpu()
+        if not bool(own.isfinite().all()):
+            raise InputError(
+                f"{whose}: the vision tower's attention holds NaN or infinity for item {batch.ids[row]!r}, so that its tokens "
+                "have no order; run the model in float32 or bfloat16, or look at its weights"
+            )
         full = torch.full((len(patches),), torch.nan)
-        full[placed.token] = placed.of_patches(values[placed.tile, : n_patches[placed.tile]], "sum").float().cpu()
+        full[placed.token] = own
         found.append(full)
     return found
 

@@ -37,7 +37,7 @@ from slitlamp.tracing.store.writer import StoredTrace, StoreOptions, closing
 from slitlamp.tracing.trace import Source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
     from slitlamp.tracing.nnsight_backend import NNsight
 
@@ -219,11 +219,15 @@ class VLM:
     @property
     def end_tokens(self) -> tuple[int, ...]:
         """The ids that end a generation."""
-        generator: Any = self.model.get_submodule(self.anatomy.modules["generator"])
-        ends = generator.generation_config.eos_token_id
+        ends = self._generation_config.eos_token_id
         if ends is None:
             ends = self.tokenizer.eos_token_id
         return () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)
+
+    @property
+    def _generation_config(self) -> GenerationConfig:
+        generator: Any = self.model.get_submodule(self.anatomy.modules["generator"])
+        return generator.generation_config
 
     @cached_property
     def weights_hash(self) -> str:
@@ -474,7 +478,7 @@ class VLM:
                 and a model whose cache cannot be cut off. Beam search under decoding that goes back, under traces (beams move
                 between rows: record `generation.teacher_forced()`), and over prompts that cannot be repeated.
         """
-        plan = plan_generation(batch, max_new_tokens, seed, options, self.end_tokens)
+        plan = plan_generation(batch, max_new_tokens, seed, options, self.end_tokens, self._generation_config)
         nnsight = self._nnsight()
         if plan.beams is not None and self._traces:
             raise UnsupportedError(
@@ -586,7 +590,8 @@ class VLM:
             gradient_of = None if view.gradient_of is None else view.gradient_of(other, trace)
             with self._lock, torch.no_grad():
                 trace.views[name] = self._extra_pass(other, wanted, edits, gradient_of)
-        probe.update(trace.batch or batch, trace, labels)
+        assert trace.batch is not None  # it holds a run
+        probe.update(trace.batch, trace, labels)
 
     def _backend(self, backend: str, remote: bool | str) -> NNsight | None:
         if backend not in ("hooks", "nnsight"):

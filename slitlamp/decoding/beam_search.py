@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from slitlamp.errors import InputError
+
 Score = Callable[[Tensor, Tensor | None], Tensor]
 """(texts int64 [row, position], which row of the step before each goes on from int64 [row], or None at the first step) -> log
 probabilities of the next token after all processors, float32 [row, vocab].
@@ -76,6 +78,9 @@ def search(
         ends: tokens that end a text.
         max_new_tokens: limit of new tokens.
         pad_token_id: fills texts up.
+
+    Raises:
+        InputError: a prompt after which no text is possible.
     """
     k, n = beams.number, len(prompts) // beams.number
     searches = [_Search(beams) for _ in range(n)]
@@ -109,7 +114,12 @@ def search(
         )
         chosen = torch.tensor([token for going in running for _, _, token in going], device=prompts.device)
         texts = torch.cat([texts[order], chosen[:, None]], dim=-1)
-    chosen_texts = [one.ended[0][1] if one.ended else [] for one in searches]
-    longest = max(map(len, chosen_texts))
-    filled = [[*one, *[pad_token_id] * (longest - len(one))] for one in chosen_texts]
+    if not all(one.ended for one in searches):
+        number = next(number for number, one in enumerate(searches) if not one.ended)
+        raise InputError(
+            f"beam search found no text for prompt {number}: the processors of this generation forbid every token at some step"
+        )
+    said_best = [one.ended[0][1] for one in searches]
+    longest = max(map(len, said_best))
+    filled = [[*one, *[pad_token_id] * (longest - len(one))] for one in said_best]
     return torch.cat([prompts[::k], prompts.new_tensor(filled).view(n, longest)], dim=-1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from slitlamp.decoding.beam_search import Beams
@@ -191,7 +191,12 @@ def check_criteria(criteria: Sequence[Any], whose: str) -> None:
 
 
 def plan_generation(
-    batch: Batch, max_new_tokens: int, seed: int | None, options: Mapping[str, Any], default_ends: Sequence[int]
+    batch: Batch,
+    max_new_tokens: int,
+    seed: int | None,
+    options: Mapping[str, Any],
+    default_ends: Sequence[int],
+    config: GenerationConfig,
 ) -> Plan:
     """Check the options of a generation.
 
@@ -201,6 +206,7 @@ def plan_generation(
         seed: of sampling; None for greedy decoding.
         options: further arguments of Hugging Face's `generate`.
         default_ends: the model's own end tokens.
+        config: the model's own, for what a beam search is not told.
 
     Raises:
         InputError: a batch with a continuation, a seed without sampling or sampling without a seed, no new tokens.
@@ -216,15 +222,15 @@ def plan_generation(
         raise InputError(
             "sampling needs a seed, so that it can be repeated" if sample else "greedy decoding takes no seed"
         )
+    n_beams = options.pop("num_beams", 1)
+    if not isinstance(n_beams, int) or n_beams < 1:
+        raise InputError(f"num_beams must be a whole number of 1 or more, found {n_beams!r}")
+    if n_beams > 1 and sample:
+        raise UnsupportedError("num_beams with do_sample: beams are searched for without sampling")
     beams = None
-    number = options.pop("num_beams", 1)
-    search = {name: options.pop(name) for name in ("length_penalty", "early_stopping") if options.get(name) is not None}
-    if number != 1:
-        if sample:
-            raise UnsupportedError("num_beams with do_sample: beams are searched for without sampling")
-        if not isinstance(number, int) or number < 1:
-            raise InputError(f"num_beams must be a whole number of 1 or more, found {number!r}")
-        beams = Beams(number, **search)
+    if n_beams > 1:  # transformers is told of one beam, and so must not be told how to search
+        found = {name: options.pop(name, getattr(config, name)) for name in ("length_penalty", "early_stopping")}
+        beams = Beams(n_beams, **{name: value for name, value in found.items() if value is not None})
     if options.pop("num_return_sequences", 1) != 1:
         raise UnsupportedError("num_return_sequences other than 1: slitlamp follows one text per prompt")
     for option in ("stop_strings", "stopping_criteria", "assistant_model", "prompt_lookup_num_tokens"):

@@ -15,17 +15,16 @@ prompt, decode steps run over all branches at once (see `slitlamp.decoding.branc
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
 from slitlamp.decoding.beam_search import Beams, search
@@ -245,38 +244,70 @@ def contrasted(
             first = Branch(model, anatomy, batch, clean)
             first.take(generator, input_ids, model_kwargs)
             every = Branches([first, *branches], together=together)
-            if beams is not None:
+
+            def choosable(logits: Sequence[Tensor], texts: Tensor) -> Tensor:
+                step = texts.shape[1] - input_ids.shape[1]
+                return _choosable(contrast, logits, texts, step, logits_processor, as_log_p=beams is not None)
+
+            with clean.set(True):
+                if beams is None:
+                    sample = mode is GenerationMode.SAMPLE
+                    return _say(
+                        every,
+                        choosable,
+                        input_ids,
+                        stopping_criteria,
+                        batch.pad_token_id,
+                        arguments.get("streamer"),
+                        sample=sample,
+                    )
                 check_criteria(stopping_criteria, whose)
 
                 def score(texts: Tensor, order: Tensor | None) -> Tensor:
                     if order is not None:
                         every.reorder(order)
-                    logits = every.next(None if order is None else texts[:, -1])
-                    step = texts.shape[1] - input_ids.shape[1]
-                    return _choosable(contrast, logits, texts, step, logits_processor, as_log_p=True)
+                    return choosable(every.next(None if order is None else texts[:, -1]), texts)
 
                 ends = tuple(arguments["eos_token_id"] or ())
-                with clean.set(True):
-                    return search(beams, input_ids, score, ends, arguments["max_new_tokens"], batch.pad_token_id)
-            streamer = arguments.get("streamer")
-            ids, chosen = input_ids, None
-            running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-            with clean.set(True):
-                for step in itertools.count():
-                    scores = _choosable(contrast, every.next(chosen), ids, step, logits_processor)
-                    if mode is GenerationMode.SAMPLE:  # as transformers draws, so that a seed gives the same tokens
-                        chosen = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
-                    else:
-                        chosen = scores.argmax(dim=-1)
-                    chosen = torch.where(running, chosen, batch.pad_token_id)
-                    ids = torch.cat([ids, chosen[:, None]], dim=-1)
-                    if streamer is not None:
-                        streamer.put(chosen.cpu())
-                    running = running & ~stopping_criteria(ids, None)
-                    if not bool(running.any()):
-                        break
-            if streamer is not None:
-                streamer.end()
-            return ids
+                return search(beams, input_ids, score, ends, arguments["max_new_tokens"], batch.pad_token_id)
 
         yield {**arguments, "custom_generate": decode}
+
+
+def _say(
+    every: Branches,
+    choosable: Callable[[Sequence[Tensor], Tensor], Tensor],
+    prompts: Tensor,
+    stopping: StoppingCriteriaList,
+    pad_token_id: int,
+    streamer: Any,
+    *,
+    sample: bool,
+) -> Tensor:
+    """Choose token by token until every row has stopped: the prompts with what was said, int64 [batch, position].
+
+    Args:
+        every: the branches.
+        choosable: (raw logits of each branch, the texts so far) -> scores [batch, vocab].
+        prompts: int64 [batch, position].
+        stopping: (texts, scores) -> bool [batch], the rows that stop.
+        pad_token_id: follows the end of a row.
+        streamer: is given the chosen tokens; None for none.
+        sample: whether tokens are drawn, as transformers does, so that a seed gives the same; else the best one.
+    """
+    ids, chosen = prompts, None
+    running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    while bool(running.any()):
+        scores = choosable(every.next(chosen), ids)
+        if sample:
+            chosen = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
+        else:
+            chosen = scores.argmax(dim=-1)
+        chosen = torch.where(running, chosen, pad_token_id)
+        ids = torch.cat([ids, chosen[:, None]], dim=-1)
+        if streamer is not None:
+            streamer.put(chosen.cpu())
+        running = running & ~stopping(ids, None)
+    if streamer is not None:
+        streamer.end()
+    return ids

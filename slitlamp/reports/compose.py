@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from slitlamp.reports import captions, conditions, findings, heads, probe_findings, scene, showcase, summaries
-from slitlamp.reports.data import RunData
+from slitlamp.reports.data import MANY, RunData
 from slitlamp.reports.draw import condition_handles, is_narrow, legend_below
 from slitlamp.reports.metrics import metric, split_name
 from slitlamp.reports.style import new_figure, styled
@@ -122,9 +122,9 @@ def differences(data: RunData, width: float) -> Figure | None:
 
 @styled
 def recall_curve(data: RunData, width: float) -> Figure | None:
-    """CHAIR_i against recall, with the comparison at equal recall."""
+    """CHAIR_i against recall, with the comparison at equal recall; None of more than `MANY` conditions."""
     table = data.drawn_table("recall_curve", "cut", "recall", "chair_i")
-    if table is None:
+    if table is None or len(data.drawn) > MANY:
         return None
     table = table[table["chair_i"].notna() & table["recall"].notna()]
     if table.empty:
@@ -153,9 +153,9 @@ def recall_curve(data: RunData, width: float) -> Figure | None:
 
 @styled
 def mention_index(data: RunData, width: float) -> Figure | None:
-    """CHAIR_i by the order of mention."""
+    """CHAIR_i by the order of mention; None of more than `MANY` conditions."""
     table = data.drawn_table("chair_mentions", "image_id", "index", "hallucinated")
-    shares = None if table is None else summaries.mention_index_shares(table)
+    shares = None if table is None or len(data.drawn) > MANY else summaries.mention_index_shares(table)
     if shares is None or shares.empty:
         return None
     drawn = [name for name in data.drawn if name in set(shares["condition"])]

@@ -15,7 +15,9 @@ from slitlamp.errors import RunFolderError
 from slitlamp.reports.style import ConditionStyle, condition_styles, short_names
 
 MANY = 24
-"""Conditions beyond which figures of all conditions leave controls to those of verdicts."""
+"""Conditions beyond which figures of all conditions leave controls to those of verdicts, and, of more without controls, no curves
+are drawn: nobody could tell them apart.
+"""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from interventions import (
     TokenMerging,
     TruthfulPreIntervention,
 )
-from slitlamp.decoding import BacktrackingDecoding, Intervention
+from slitlamp.decoding import BacktrackingDecoding, ContrastDecoding, Intervention
 from slitlamp.models import Batch
 from slitlamp.tracing import sites
 from slitlamp.vlm import VLM
@@ -254,6 +254,23 @@ def test_it_does_something(case: tuple[Make, float, float], llava: VLM, batch: B
             assert llava.generate(batch, max_new_tokens=8).tokens != said
             return
     assert change[change.isfinite()].max() > 1e-3  # a contrast gives -inf to tokens that it leaves out
+
+
+WEIGHTED = [name for name, (make, _, strong) in CASES.items() if isinstance(make(strong), ContrastDecoding)]
+WEIGHTED = [name for name in WEIGHTED if not name.startswith("PosthocDebias")]  # it divides by a prior
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_a_contrast_view_that_is_the_batch_leaves_the_logits(name: str, llava: VLM, batch: Batch) -> None:
+    """The weights of a contrast sum to 1: with the same logits in every branch, nothing changes before APC."""
+    make, _, strong = CASES[name]
+    contrast = make(strong)
+    assert isinstance(contrast, ContrastDecoding)
+    clean = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).log_softmax(dim=-1)
+    n_views = len(contrast.views(llava._context(batch)))
+    combined = contrast.combine(clean, [clean] * n_views, torch.arange(4))
+    total = 1 + strong if isinstance(contrast, MaskedImageFusion) else 1  # AGLA adds
+    assert torch.allclose(combined, total * clean, atol=1e-5)
 
 
 def test_batch_of_one_equals_batch_of_many(

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 
 from slitlamp.errors import InputError
 from slitlamp.experiments.verdicts import BEATS_ALL, HARMS, NO_CONTROL, NOT_ALL, NOTHING
-from slitlamp.reports import figure, figure_names, interactions, verdicts, write_report
+from slitlamp.reports import compose, figure, figure_names, interactions, verdicts, write_report
 from slitlamp.reports.data import MANY, RunData
 from slitlamp.reports.figures import run_figures
 from slitlamp.reports.style import NARROW, WIDE, new_figure
@@ -255,6 +255,16 @@ def test_of_many_conditions_controls_are_left_to_the_verdicts(data: RunData) -> 
     data._tables["condition_info"] = pd.DataFrame(info, columns=["condition", "role", "control_of"])
     assert len(info) > MANY
     assert data.drawn == ["baseline", *(f"t{number_}" for number_ in range(MANY // 2))]
+
+
+def test_of_many_treatments_no_curves_are_drawn(demo_run: Path) -> None:
+    assert {"recall_curve", "mention_index"} <= set(figure_names(demo_run))
+    data = RunData(demo_run)
+    info = [("baseline", "reference", None), *((f"t{number_}", "treatment", None) for number_ in range(MANY))]
+    data._tables["condition_info"] = pd.DataFrame(info, columns=["condition", "role", "control_of"])
+    assert len(data.drawn) > MANY
+    assert compose.recall_curve(data, WIDE) is None
+    assert compose.mention_index(data, WIDE) is None
 
 
 def test_a_run_without_pairs_or_treatments_lacks_nothing(demo_run: Path) -> None:
