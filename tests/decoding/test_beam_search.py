@@ -52,6 +52,22 @@ def test_it_says_what_transformers_says(search: dict[str, Any], llava: VLM, batc
     assert found.n_image == tuple(batch.image_mask.sum(dim=1).tolist())
 
 
+def test_what_is_not_asked_for_is_the_models_own(llava: VLM, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = llava.model.generation_config
+    before = llava.generate(batch, max_new_tokens=10, num_beams=3).tokens
+    monkeypatch.setattr(config, "length_penalty", -1.0)
+    monkeypatch.setattr(config, "early_stopping", "never")
+    found = llava.generate(batch, max_new_tokens=10, num_beams=3).tokens
+    assert list(found) == by_transformers(llava, batch, 10, num_beams=3)
+    assert found != before
+
+
+def test_where_every_token_is_forbidden_there_is_no_text(llava: VLM, batch: Batch) -> None:
+    every = list(range(llava.model.config.text_config.vocab_size))
+    with pytest.raises(InputError, match="found no text for prompt 0"):
+        llava.generate(batch, max_new_tokens=3, num_beams=2, suppress_tokens=every)
+
+
 @pytest.mark.parametrize("search", SEARCHES[:2], ids=str)
 def test_a_neutral_contrast_changes_nothing(search: dict[str, Any], llava: VLM, batch: Batch) -> None:
     plain = llava.generate(batch, max_new_tokens=8, **search)

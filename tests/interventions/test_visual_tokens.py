@@ -21,7 +21,7 @@ from interventions import (
     InformedTokenBoost,
     TokenMerging,
 )
-from interventions.ranked_tokens import best, count_kept
+from interventions.ranked_tokens import best, count_kept, of_tokens
 from slitlamp.decoding.visual_tokens import ImageTokens
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models import Batch
@@ -332,6 +332,16 @@ def test_what_cannot_be_pruned_is_refused_by_name(llava_next: VLM, llava: VLM, b
     ):
         with pytest.raises(InputError), llava.apply(bad):
             pass
+
+
+def test_attention_that_is_not_finite_gives_no_order(llava: VLM, batch: Batch) -> None:
+    run = llava._context(batch)
+    n_patches = [len(one) for one in batch.patches]
+    values = torch.rand(batch.size, n_patches[0])
+    assert all(one.isfinite().all() for one in of_tokens(run, values, n_patches, "me"))
+    values[1, 3] = torch.nan
+    with pytest.raises(InputError, match="me: the vision tower's attention holds NaN"):
+        of_tokens(run, values, n_patches, "me")
 
 
 def test_shares_and_choices() -> None:
