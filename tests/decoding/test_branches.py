@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from contrasts import ROUNDING, Against, Planned, Seen, blind, noise, zero
+from contrasts import ROUNDING, Against, Planned, Seen, blind, noise, unequal_prompts, zero
 from edits import Edits
 from tiny_models import BUILDERS
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from untouched import snapshot
 
-import slitlamp
 from interventions import ClsPruning, OutlierContrast, SkipPerceptual
 from slitlamp.decoding import Generation, branches, image_free
 from slitlamp.decoding.edits import replace_tokens, scale_heads
@@ -40,11 +39,7 @@ ONE_BY_ONE = {
 @pytest.fixture(scope="module")
 def batch(organism: VLM) -> Batch:
     """Three rows of unequal prompts."""
-    scenes = slitlamp.load_dataset("emoji_scenes/captions").take(3).items
-    prompts = [scenes[0].prompt, "describe the image", f"{scenes[0].prompt} what is on the left side ?"]
-    made = organism.encode([one.image for one in scenes], prompts)
-    assert len(set(made.lengths)) == 3
-    return made
+    return unequal_prompts(organism)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from contrasts import ROUNDING, Against, MakeView, Planned, Seen, blind, noise, same, zero
+from contrasts import ROUNDING, Against, MakeView, Planned, Seen, blind, noise, same, unequal_prompts, zero
 from edits import Edits
 from tiny_models import BUILDERS
 from torch import Tensor
@@ -36,11 +36,7 @@ from slitlamp.vlm import VLM
 @pytest.fixture(scope="module")
 def batch(organism: VLM) -> Batch:
     """Three rows of unequal prompts, as the embedded model was trained and not."""
-    scenes = slitlamp.load_dataset("emoji_scenes/captions").take(3).items
-    prompts = [scenes[0].prompt, "describe the image", f"{scenes[0].prompt} what is on the left side ?"]
-    made = organism.encode([one.image for one in scenes], prompts)
-    assert len(set(made.lengths)) == 3
-    return made
+    return unequal_prompts(organism)
 
 
 def branches(vlm: VLM, method: Against, forced: Batch) -> tuple[Tensor, Tensor]:

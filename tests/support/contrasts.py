@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+import slitlamp
 from slitlamp.decoding import ContrastDecoding, RunContext, image_free
 from slitlamp.decoding.edits import knock_out
 from slitlamp.decoding.two_branch import ContrastView
 from slitlamp.models import Batch
+from slitlamp.vlm import VLM
 
 
 class Planned(Exception):
@@ -23,6 +25,15 @@ class Planned(Exception):
 MakeView = Callable[[Batch], ContrastView]
 ROUNDING = 2e-4
 """Logits of order 10 in float32: sums of some hundred terms in another order differ by 1e-5, contrasts by some times that."""
+
+
+def unequal_prompts(organism: VLM) -> Batch:
+    """Three rows of unequal prompts, as the embedded model was trained and not."""
+    scenes = slitlamp.load_dataset("emoji_scenes/captions").take(3).items
+    prompts = [scenes[0].prompt, "describe the image", f"{scenes[0].prompt} what is on the left side ?"]
+    made = organism.encode([one.image for one in scenes], prompts)
+    assert len(set(made.lengths)) == 3
+    return made
 
 
 @dataclass
