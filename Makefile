@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | notebooks: each makes .venv when it is missing.
+# make demo | test | lint | docs | bench | notebooks: each makes .venv when it is missing.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench notebooks clean
+.PHONY: demo test lint docs bench notebooks clean
 
 # The demo needs the package alone; tests and checks, and the notebooks, add their tools to the same environment.
 .venv/.package: pyproject.toml constraints.txt
@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 	touch $@
 
 .venv/.dev: .venv/.package
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[test,dev]"
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[test,dev,docs]"
 	touch $@
 
 .venv/.notebooks: .venv/.package
@@ -34,6 +34,10 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, into site/: a warning (a dead link, a name without a docstring) is an error.
+docs: .venv/.dev
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: .venv/.package
 	@found=; for script in benchmarks/[!_]*.py; do \
