@@ -8,11 +8,10 @@ The names below are imported when they are first used, so that `import slitlamp`
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from slitlamp._lazy import lazy_names
 from slitlamp._own_packages import check_own
-from slitlamp.errors import nearest
 
 if TYPE_CHECKING:
     from slitlamp.causal import causal_check
@@ -57,17 +56,4 @@ for _name in ("probes", "interventions"):
 del _name
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        near = nearest(name, _LAZY, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise AttributeError(f"module 'slitlamp' has no attribute '{name}'{hint}")
-    module_name, attribute = _LAZY[name]
-    module = importlib.import_module(module_name)
-    value = module if attribute is None else getattr(module, attribute)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+__getattr__, __dir__ = lazy_names(__name__, __all__, _LAZY)

@@ -11,7 +11,7 @@ target, were it one of them, the target would be the largest once in n + 1 times
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from slitlamp.errors import InputError
 from slitlamp.evaluation.permutation import exceedance_p
 from slitlamp.evaluation.statistics import Interval, cluster_bootstrap, cluster_sums, ratio
 from slitlamp.models import Batch
+from slitlamp.progress import progress_bar
 from slitlamp.tracing import CausalTarget, sites
 from slitlamp.tracing.probe import EditsOf, Labels
 
@@ -60,6 +61,8 @@ def causal_check(
     n_resamples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
+    progress: bool = True,
+    n_batches: int | None = None,
 ) -> pd.DataFrame:
     """Intervene on what a probe points at, and on matched random targets.
 
@@ -69,6 +72,8 @@ def causal_check(
         batches: (teacher-forced batch, labels) pairs, for example of `Generation.teacher_forced()`; of other images than those
             on which the targets were chosen, since a target that was chosen for its effect is smaller on others.
         n_resamples, level, seed: of the bootstrap over the groups of the batches (images).
+        progress: whether to draw a progress bar.
+        n_batches: how many batches there are, for the bar, where `batches` does not say.
 
     Returns:
         One row per target and outcome (see `OUTCOMES`): target, control (what the random targets are), outcome, effect,
@@ -93,16 +98,22 @@ def causal_check(
     runs: list[list[EditsOf]] = [[one.target, *one.controls] for one in targets]
     gathered: list[list[list[_Sums]]] = [[[] for _ in each] for each in runs]
     groups: list[str] = []
-    for batch, labels in batches:
-        rows = [_looked_at(batch, labels, row) for row in range(batch.size)]
-        if not any(row.tokens for row in rows):
-            continue
-        groups += list(batch.groups)
-        plain = _log_probabilities(vlm, batch, None)
-        for number, each in enumerate(runs):
-            for draw, edits_of in enumerate(each):
-                edited = _log_probabilities(vlm, batch, edits_of)
-                gathered[number][draw].append(_sums(batch, rows, plain, edited))
+    n_runs = sum(map(len, runs))
+    n_batches = len(batches) if isinstance(batches, Sized) else n_batches
+    with progress_bar(progress, unit="runs") as bar:
+        task = bar.add_task("causal check", total=None if n_batches is None else n_batches * n_runs)
+        for batch, labels in batches:
+            rows = [_looked_at(batch, labels, row) for row in range(batch.size)]
+            if not any(row.tokens for row in rows):
+                bar.advance(task, n_runs)
+                continue
+            groups += list(batch.groups)
+            plain = _log_probabilities(vlm, batch, None)
+            for number, each in enumerate(runs):
+                for draw, edits_of in enumerate(each):
+                    edited = _log_probabilities(vlm, batch, edits_of)
+                    gathered[number][draw].append(_sums(batch, rows, plain, edited))
+                    bar.advance(task)
     if not groups:
         raise InputError("no batch holds a generated token to look at")
     options = {"n_resamples": n_resamples, "level": level, "seed": seed}

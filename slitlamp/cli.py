@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import slitlamp
+from slitlamp import completion
 from slitlamp.errors import InputError, MissingModelError, SlitlampError, unknown
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="See what a vision-language model does inside while it answers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 out = Console()
@@ -32,7 +32,12 @@ err = Console(stderr=True)
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change an entry of the configuration; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change an entry of the configuration; repeatable.",
+        autocompletion=completion.settings,
+    ),
 ]
 Output = Annotated[Path | None, typer.Option(help="The run folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in the folder first.")]
@@ -77,7 +82,10 @@ def demo(
 @app.command()
 def run(
     experiments: Annotated[
-        list[str], typer.Argument(help="YAML files, or names of experiments that come with slitlamp.")
+        list[str],
+        typer.Argument(
+            help="YAML files, or names of experiments that come with slitlamp.", autocompletion=completion.experiments
+        ),
     ],
     changes: Overrides = None,
     output: Output = None,
@@ -169,7 +177,9 @@ def _stoppable(place: str) -> Iterator[None]:
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run folder.", autocompletion=completion.runs)],
+) -> None:
     """Draw the figures and write report.html again, from what a run folder holds."""
     from slitlamp.experiments import load_run
 
@@ -178,7 +188,9 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 
 @app.command()
 def publish(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders with their reports made.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Run folders with their reports made.", autocompletion=completion.runs)
+    ],
     to: Annotated[Path, typer.Option(help="Where the copies go, each in a folder of its own.")] = Path(
         "experiments/results"
     ),
@@ -208,7 +220,10 @@ def _say(lines: Sequence[str], path: Path) -> None:
 @app.command()
 def inspect(
     model: Annotated[
-        str, typer.Argument(help="`organism`, a folder, a configuration file (.json), or a hub id.")
+        str,
+        typer.Argument(
+            help="`organism`, a folder, a configuration file (.json), or a hub id.", autocompletion=completion.models
+        ),
     ] = "organism",
     revision: Annotated[str | None, typer.Option(help="Of the hub repository.")] = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Memory of weights, cache, traces and stores.")] = False,
@@ -222,7 +237,9 @@ def inspect(
     image_tokens: Annotated[int | None, typer.Option(help="Per item, where no processor says so.")] = None,
     text_tokens: Annotated[int | None, typer.Option(help="Text tokens of the prompt.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated after it.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of weights and recordings.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Of weights and recordings.", autocompletion=completion.dtypes)
+    ] = "bfloat16",
     batch: Annotated[int, typer.Option(help="Items per batch.")] = 1,
     gpus: Annotated[int, typer.Option(help="Over how many GPUs the model is spread.")] = 1,
     items: Annotated[int, typer.Option(help="How many items a store holds.")] = 1,
@@ -252,13 +269,36 @@ def inspect(
         if site or image_size or image_tokens or text_tokens or new_tokens or (batch, gpus, items) != (1, 1, 1):
             raise InputError("these options belong to an estimate; add --estimate")
         found = inspect_model(model, revision=revision).sections()
-    for title, rows in found.items():
+    _print_sections(found)
+
+
+def _print_sections(sections: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    for title, rows in sections.items():
         out.print(Text(title, style="italic"))
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         out.print(table)
         out.print()
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, attention implementations, free memory, and a trial on the embedded model.
+
+    The exit code is 1 if something is wrong.
+    """
+    _silence_libraries()
+    with out.status("looking"):
+        from slitlamp.doctor import examine
+
+        found = examine()
+    _print_sections(found.sections)
+    for problem in found.problems:
+        out.print(Text.assemble(("problem: ", "bold red"), problem), soft_wrap=True)
+    if found.problems:
+        raise SystemExit(1)
+    out.print(Text("everything works", style="bold green"))
 
 
 def _width_and_height(text: str) -> tuple[int, int]:
@@ -270,7 +310,12 @@ def _width_and_height(text: str) -> tuple[int, int]:
 
 @app.command(name="list")
 def list_names(
-    what: Annotated[str, typer.Argument(help="probes, interventions, datasets, families or experiments.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="probes, interventions, datasets, families or experiments.", autocompletion=completion.lists
+        ),
+    ],
 ) -> None:
     """What can be named in a configuration."""
     columns = ("family", "model_type", "class", "image tokens", "notes") if what == "families" else ()
@@ -313,7 +358,7 @@ def _listing(what: str) -> Iterator[tuple[str, ...]]:
             for path in sorted(folder.glob("*.yaml")):
                 yield path.stem, read_config(path).title or ""
     else:
-        raise unknown("list", what, ("probes", "interventions", "datasets", "families", "experiments"))
+        raise unknown("list", what, completion.LISTS)
 
 
 def _has_default(field: dataclasses.Field[object]) -> bool:

@@ -32,6 +32,11 @@ class GroundTruth:
     file_names: Mapping[str, ImageId] = field(default_factory=dict)
     boxes: Mapping[ImageId, Mapping[str, tuple[Box, ...]]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        categories = set().union(*self.objects.values())
+        boxes = ", with boxes" if self.boxes else ""
+        return f"GroundTruth({len(self.objects)} images, {len(categories)} categories{boxes})"
+
     @classmethod
     def from_coco(cls, instances: Paths, captions: Paths | None = None, *, synonyms: Synonyms) -> GroundTruth:
         """Join the instance categories of each image with the objects that its reference captions mention.

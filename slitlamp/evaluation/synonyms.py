@@ -96,6 +96,9 @@ class Synonyms:
         object.__setattr__(self, "_category", category)
         object.__setattr__(self, "_phrases", self._make_phrases())
 
+    def __repr__(self) -> str:
+        return f"Synonyms({len(self.words)} categories, {len(self._category)} names)"
+
     @classmethod
     def read(cls, path: str | Path) -> Synonyms:
         """Read a synonyms file: one category a line, comma-separated, its name first."""

@@ -84,17 +84,27 @@ def causal_tables(
                 unchecked[key] = "on these items and this model the probe points at nothing."
                 continue
             rows = predictions[part.condition, part.dataset].iloc[where.items]
-            batches = labelled_batches(vlm, data, rows, batch_size=plan.experiment.batch_size)
+            size = plan.experiment.batch_size
+            batches = labelled_batches(vlm, data, rows, batch_size=size)
             with vlm.apply(*plan.condition(part.condition).interventions):
-                folder.write_table(name, _table(plan, vlm, targets, batches, part, where.chosen_on))
+                table = _table(plan, vlm, targets, batches, -(-len(rows) // size))
+            folder.write_table(name, in_front(table.assign(chosen_on=where.chosen_on), part))
         tables[name] = folder.read_table(name)
     return tables, unchecked
 
 
-def _table(plan: Plan, vlm: VLM, targets: list[CausalTarget], batches: Any, part: Part, chosen_on: str) -> pd.DataFrame:
+def _table(plan: Plan, vlm: VLM, targets: list[CausalTarget], batches: Any, n_batches: int) -> pd.DataFrame:
     one = plan.experiment
-    table = causal_check(vlm, targets, batches, n_resamples=one.n_resamples, level=one.level, seed=one.seed)
-    return in_front(table.assign(chosen_on=chosen_on), part)
+    return causal_check(
+        vlm,
+        targets,
+        batches,
+        n_resamples=one.n_resamples,
+        level=one.level,
+        seed=one.seed,
+        progress=one.progress,
+        n_batches=n_batches,
+    )
 
 
 def _count(chunks: Sequence[int]) -> str:

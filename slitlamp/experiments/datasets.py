@@ -69,6 +69,10 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.items)
 
+    def __repr__(self) -> str:
+        truth = "no ground truth of objects" if self.truth is None else repr(self.truth)
+        return f"Dataset({self.name}: {self.task}, {len(self)} items on {len(self.images)} images; {truth})"
+
     @property
     def images(self) -> list[Path]:
         """The image files, each once, in the order of their first item."""

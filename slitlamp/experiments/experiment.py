@@ -123,6 +123,15 @@ class Experiment:
             **options,
         )
 
+    def __repr__(self) -> str:
+        datasets = [self.dataset] if isinstance(self.dataset, str | Dataset) else self.dataset
+        data = ", ".join(one if isinstance(one, str) else one.name for one in datasets)
+        lines = [f"model: {self.model if isinstance(self.model, str) else repr(self.model)}", f"data: {data}"]
+        for name, applied in self.conditions.items():
+            lines.append(f"condition {name}: {', '.join(map(repr, applied)) or 'the model as it is'}")
+        lines += [f"probe: {one!r}" for one in self.probes]
+        return "\n  ".join(["Experiment", *lines, f"output: {self.output}"])
+
     def run(self) -> Run:
         """Check everything, then do what is not done yet, and return the finished run.
 

@@ -24,11 +24,11 @@ from slitlamp.evaluation import (
 )
 from slitlamp.evaluation.statistics import Interval, ratio
 from slitlamp.experiments.datasets import Dataset, Item, load_dataset
-from slitlamp.experiments.progress import progress_bar
 from slitlamp.organism.categories import CATEGORY_INDEX, CONTEXTS
 from slitlamp.organism.dataset import SEED
 from slitlamp.organism.language import position_tokens, to_text, where_question
 from slitlamp.organism.scenes import Scene, blank_image, context_weights, make_scene
+from slitlamp.progress import progress_bar
 from slitlamp.tracing.sites import attention
 from slitlamp.vlm import VLM
 

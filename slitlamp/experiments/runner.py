@@ -25,11 +25,11 @@ from slitlamp.experiments.perplexity import negative_log_likelihood
 from slitlamp.experiments.plan import Plan
 from slitlamp.experiments.probing import Measured, encoded, give_source, joined, labels_of
 from slitlamp.experiments.processes import Processes, started_together
-from slitlamp.experiments.progress import progress_bar
 from slitlamp.experiments.run import Run
 from slitlamp.experiments.scores import score
 from slitlamp.experiments.showcase import make_showcase
 from slitlamp.experiments.verdicts import verdict_tables
+from slitlamp.progress import progress_bar, working
 from slitlamp.tracing import Part
 
 if TYPE_CHECKING:
@@ -254,7 +254,8 @@ class Runner:
     def _write_results(self) -> None:
         """Predictions and tables, from the stored units only, so that a resumed run ends like any other."""
         plan = self.plan
-        with self._timed("tables"):
+        shown = plan.experiment.progress
+        with self._timed("tables"), working(shown, "scores and their intervals"):
             path = self.folder.path / PREDICTIONS
             storage.write_tables(path, (_frame(self.folder.read_part(unit).predictions) for unit, _ in self._units()))
             predictions = {
@@ -276,7 +277,7 @@ class Runner:
             if plan.experiment.pairs:
                 tables["refused_pairs"] = self._refused
         if plan.probes:
-            with self._timed("probes"):
+            with self._timed("probes"), working(shown, "results of the probes"):
                 measured = self._measured()
                 measured.save(self.folder)
                 tables |= measured.tables() | measured.compared(self._scores(tables))
@@ -285,7 +286,7 @@ class Runner:
                 checked, unchecked = causal_tables(plan, self.folder, self.vlm, measured, predictions)
                 tables |= checked | with_causal_sentences(tables, checked, unchecked)
         if plan.experiment.showcase:
-            with self._timed("showcase"):
+            with self._timed("showcase"), working(shown, "showcase"):
                 tables |= make_showcase(plan, self.vlm, predictions, tables)
         for name, frame in tables.items():
             self.folder.write_table(name, frame)

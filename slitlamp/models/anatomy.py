@@ -63,6 +63,25 @@ class Anatomy:
     logit_softcap: float | None
     deepstack_layers: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        shared = f", {self.n_kv_heads} key/value heads" if self.n_kv_heads != self.n_heads else ""
+        whole = {"logits": 1, "projector_out": 1}
+        sites = [
+            site if len(of) == whole.get(site, self.n_vision_layers if site.startswith("vision_") else self.n_layers)
+            else f"{site} (in {len(of)} layers)"
+            for site, of in sorted(self.places.items())
+        ]  # fmt: skip
+        return "\n  ".join(
+            [
+                f"Anatomy of a {self.family.name}",
+                f"language model: {self.n_layers} layers of {self.n_heads} heads x {self.d_head}{shared}, "
+                f"d_model {self.d_model}, d_mlp {self.d_mlp}, d_vocab {self.d_vocab}",
+                f"vision tower: {self.n_vision_layers} layers of {self.n_vision_heads} heads, d_vision {self.d_vision}, "
+                f"{'CLS' if self.has_cls else 'no CLS'}",
+                f"sites: {', '.join(sites)}",
+            ]
+        )
+
     def layers(self, site: str) -> tuple[int, ...]:
         """The layers that have a site; () if none has."""
         return tuple(self.places.get(site, ()))

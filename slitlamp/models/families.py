@@ -107,6 +107,9 @@ class Family:
     cross: CrossRule | None = None
     notes: str = ""
 
+    def __repr__(self) -> str:
+        return f"Family({self.name}, model_type {self.model_type})"
+
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family

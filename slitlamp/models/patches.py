@@ -45,6 +45,13 @@ class Patches:
     def __len__(self) -> int:
         return int(self.image.numel())
 
+    def __repr__(self) -> str:
+        grids = (
+            f"image {image}{'' if view == BASE_VIEW else ' in tiles'}: {rows} x {columns}"
+            for (image, view), (rows, columns) in self.grids.items()
+        )
+        return f"Patches({len(self)} tokens; {', '.join(grids) or 'no place on an image'})"
+
     @property
     def table(self) -> Tensor:
         """int64 [token, 3]: image, row, column."""

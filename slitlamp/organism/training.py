@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 from torch import Tensor, nn
 
 from slitlamp.organism.attention import use_training_attention
@@ -19,6 +19,7 @@ from slitlamp.organism.objectives import VisionHeads, language_loss, vision_loss
 from slitlamp.organism.stages import STAGES, LanguageBatch, StepData, VisionBatch, steps
 from slitlamp.organism.state import Progress as State
 from slitlamp.organism.state import load_state, read_progress, save_state
+from slitlamp.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -156,15 +157,7 @@ class _Trainer:
     def run(self) -> None:
         state = read_progress(self.state_path) if self.state_path.exists() else State(STAGES[0], 0)
         _truncate_log(self.log_path, state)
-        columns = (
-            TextColumn("{task.description:>7}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:6.1f} scenes/s  loss {task.fields[loss]:.3f}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns) as progress:
+        with progress_bar(True, TextColumn("loss {task.fields[loss]:.3f}"), unit="steps") as progress:
             for stage in STAGES[STAGES.index(state.stage) :]:
                 self._stage(stage, state.step if stage == state.stage else 0, progress)
         save_organism(self.model, self.processor, self.output / "final")
@@ -180,7 +173,7 @@ class _Trainer:
         if self.state_path.exists():
             # Moments of an earlier stage are not this stage's: they are read only when resuming inside it.
             load_state(self.state_path, modules, optimizer if start else None)
-        bar = progress.add_task(stage, total=total, completed=start, rate=0.0, loss=float("nan"))
+        bar = progress.add_task(stage, total=total, completed=start, loss=float("nan"))
         data = StepData(stage, config.seed, batch_size)
         marks = set(config.checkpoint_steps(stage))
         earlier = config.joint_steps if stage == "refine" else 0
@@ -200,7 +193,7 @@ class _Trainer:
             done = step + 1
             rate = (done - start) * batch_size / (time.monotonic() - began)
             if done % config.log_every == 0 or done == total:
-                progress.update(bar, completed=done, rate=rate, loss=loss.item())
+                progress.update(bar, completed=done, loss=loss.item())
                 self._log(stage, done, {"loss": loss, "gradient_norm": norm, **parts}, rate)
             if done in marks and done < total:
                 self._checkpoint(earlier + done)

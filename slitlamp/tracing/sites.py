@@ -10,7 +10,7 @@ side, as in Cohere's models, which have no `resid_mid`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
@@ -53,6 +53,9 @@ _WIDTHS = {
     "mlp_post": ("d_mlp",),
     "logits": ("d_vocab",),
 }
+_KEYS = {"attention": "image", "cross_attention": "image", "vision_attention": "patches"}
+"""The keys that the constructors take unless they are told otherwise."""
+_QUERIES = {"vision_attention": "cls"}
 _BLOCK_STATES = (
     *("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
     *("ln1", "ln2", "q", "k", "v", "z", "mlp_pre", "mlp_post"),
@@ -120,6 +123,21 @@ class Site:
         position = () if self.reduce else ("position",)
         stream = "d_vision" if self.name.startswith("vision_") else "d_model"
         return (row, *position, *_WIDTHS.get(self.name.removeprefix("vision_"), (stream,)))
+
+    def __repr__(self) -> str:
+        """As it is written with the short constructors: what is not the default."""
+        usual: dict[str, object] = {"positions": "last"} if self.name == "logits" else {}
+        usual |= {"keys": _KEYS.get(self.name, "all"), "queries": _QUERIES.get(self.name, "last")}
+        said = []
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name == "name" or (one.name == "label" and value == self.name):
+                continue
+            if isinstance(value, Tensor):
+                said.append(f"{one.name}=<{tuple(value.shape)} {value.dtype}>")
+            elif value != usual.get(one.name, one.default):
+                said.append(f"{one.name}={list(value) if isinstance(value, tuple) else value!r}")
+        return f"{self.name}({', '.join(said)})"
 
 
 def canonical_name(site: str, layer: int) -> str:
@@ -301,3 +319,8 @@ def vision_attention(
     """Attention weights of the vision tower: [tile, head, query, key]; by default the CLS token's over the patches."""
     reductions = {"reduce_queries": reduce_queries, "reduce_keys": reduce_keys, "reduce_heads": reduce_heads}
     return _attention("vision_attention", layers, heads, label, queries=queries, keys=keys, **reductions)
+
+
+def __dir__() -> list[str]:
+    """The constructors, for tab completion after `sl.sites.`, with what else is public here."""
+    return [*SITES, "SITES", "Site", "canonical_name"]

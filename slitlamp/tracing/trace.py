@@ -55,6 +55,9 @@ class Step:
     def __contains__(self, label: str) -> bool:
         return label in self.values
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.values)
+
 
 class SiteRecord(Mapping[int, Tensor]):
     """The recordings of one site, by layer.
@@ -208,6 +211,9 @@ class Trace:
 
     def __contains__(self, label: str) -> bool:
         return label in self.sites
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.sites)
 
     def mask(self, label: str) -> Tensor:
         """bool [row, position], true where a recording is real; shorter rows are padded on the right."""

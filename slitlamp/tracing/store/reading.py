@@ -192,6 +192,9 @@ class Store:
         except (SafetensorError, OSError) as error:
             raise StoreError(f"{path} is damaged: {error}") from error
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.sites)
+
     def __repr__(self) -> str:
         model = self.manifest["model"]["name"]
         lines = [f"Store of {len(self)} items, {self.nbytes / 1e6:.1f} MB in {len(self._shards)} shards, of {model}"]
