@@ -20,10 +20,12 @@ from pydantic.fields import FieldInfo
 import interventions
 import probes
 from slitlamp.cli import app
+from slitlamp.decoding import ContrastDecoding, Intervention
+from slitlamp.decoding.visual_tokens import VisualTokenEdit
 from slitlamp.experiments.config import Config, DatasetConfig, ModelConfig
 from slitlamp.models.families import families_table
 from slitlamp.reports.figures import FIGURES, SWEEPS
-from slitlamp.tracing import sites
+from slitlamp.tracing import GatheringProbe, Probe, sites
 from slitlamp.tracing.sites import SITES, Site, canonical_name
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
@@ -39,10 +41,16 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 # -- reference ----------------------------------------------------------------------------------------------------------
 
 
+INHERITED = {"probes": (Probe, GatheringProbe), "interventions": (Intervention, ContrastDecoding, VisualTokenEdit)}
+"""Whose methods are documented once, with what every probe and every intervention is."""
+
+
 def objects(module: str) -> str:
-    """An entry for every public name of a package, in the order of the alphabet."""
-    names = {"probes": probes, "interventions": interventions}[module].__all__
-    return "\n\n".join(f"::: {module}.{name}\n    options: {{show_bases: false}}" for name in sorted(names, key=str.lower))
+    """An entry for every public name of a package, in the order of the alphabet, with the methods that are its own."""
+    common = sorted({name for base in INHERITED[module] for name in vars(base) if not name.startswith("_")})
+    filters = f'["!^_", "!^({"|".join(common)})$"]'
+    names = sorted({"probes": probes, "interventions": interventions}[module].__all__, key=str.lower)
+    return "\n\n".join(f"::: {module}.{name}\n    options: {{show_bases: false, filters: {filters}}}" for name in names)
 
 
 def site_table() -> str:

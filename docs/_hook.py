@@ -37,7 +37,9 @@ def on_files(files: Files, config: Any) -> Files:
     """Put the files of the repository among the pages."""
     for source, page in COPIED.items():
         path = ROOT / source
-        content = rewritten(path.read_text(encoding="utf-8"), source, page) if page.endswith(".md") else path.read_bytes()
+        content = (
+            rewritten(path.read_text(encoding="utf-8"), source, page) if page.endswith(".md") else path.read_bytes()
+        )
         files.append(File.generated(config, page, content=content))
     return files
 
