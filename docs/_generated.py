@@ -100,7 +100,11 @@ def figures() -> str:
 def yaml_keys() -> str:
     """Every key of a YAML file, with type, default and meaning."""
     parts = []
-    for title, model in (("The file", Config), ("`model`, `models`", ModelConfig), ("`datasets`", DatasetConfig)):
+    for title, model in (
+        ("The file", Config),
+        ("A model: ModelConfig", ModelConfig),
+        ("A data set: DatasetConfig", DatasetConfig),
+    ):
         meanings = attributes_of(model)
         rows = [
             [f"`{name}`", _type(field.annotation), _default(field), meanings[name]]
@@ -164,21 +168,27 @@ def cli() -> str:
     parts = []
     for name, command in commands().items():
         context = command.context_class(command, info_name=f"slitlamp {name}")
-        usage = " ".join(["slitlamp", name, *command.collect_usage_pieces(context)])
+        places = [one for one in command.params if one.param_type_name == "argument"]
+        usage = " ".join(["slitlamp", name, "[OPTIONS]", *(_written(one) for one in places)])
         rows = [_parameter(one, context) for one in command.params]
         text = inspect.cleandoc(command.help or "")
         parts.append(f"## {name}\n\n```text\n{usage}\n```\n\n{text}\n\n{table(['', 'meaning', 'default'], rows)}")
     return "\n\n".join(parts)
 
 
+def _written(one: Any) -> str:
+    """What to write for an argument, or for the value of an option; dots where it takes several."""
+    name: str = one.name.upper()
+    return f"{name}..." if one.nargs == -1 else name
+
+
 def _parameter(one: Any, context: Any) -> list[str]:
     """What to write, what it means, and the default."""
     default = one.get_default(context)
     shown = "" if default in (None, False, [], ()) or callable(default) else f"`{default}`"
-    written = one.name.upper()
+    written = _written(one)
     if one.param_type_name == "option":
-        value = "" if one.is_flag else " " + (one.metavar or written)
-        written = ", ".join(one.opts) + value
+        written = ", ".join(one.opts) + ("" if one.is_flag else f" {one.metavar or written}")
     return [f"`{written}`", getattr(one, "help", None) or "", "required" if one.required else shown]
 
 

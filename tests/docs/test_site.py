@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -22,6 +26,29 @@ from slitlamp.experiments.config import Config, DatasetConfig, ModelConfig
 from slitlamp.models.families import families_table
 from slitlamp.tracing.sites import SITES
 
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+    "--disable-sync --allow-file-access-from-files --virtual-time-budget=10000 --dump-dom"
+).split()
+LOOK = """<script>
+const found = {};
+const frames = [...document.querySelectorAll("iframe")];
+setInterval(() => {
+  for (const frame of frames) {
+    const inside = frame.contentDocument;
+    found[frame.title] = {
+      wide: inside.documentElement.scrollWidth,
+      network: frame.contentWindow.performance.getEntriesByType("resource")
+        .map(e => e.name).filter(n => !/^(file|data):/.test(n)),
+      results: [...inside.querySelectorAll(".md-search-result__item h1")].map(e => e.textContent),
+    };
+  }
+  document.getElementById("found").textContent = JSON.stringify(found);
+}, 500);
+</script>"""
 LOADED = {"script": "src", "img": "src", "source": "src", "iframe": "src", "video": "src", "audio": "src"}
 
 
@@ -190,3 +217,29 @@ def test_links_of_the_documents_lead_somewhere() -> None:
     for name in ("README.md", "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text_of(name)):
             assert (ROOT / target).exists(), f"{name} links to {target}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (chromium, chromium-browser or google-chrome on the path)")
+def test_pages_opened_as_files_fit_a_telephone_and_are_searched(site: Path, tmp_path: Path) -> None:
+    shown = {
+        "tutorial": "tutorial/measure.html",
+        "families": "families.html",
+        "probes": "reference/probes.html",
+        "pitfalls": "explanation/interventions.html",
+        "search": "index.html?q=matched+recall",
+    }
+    frames = "".join(
+        f'<iframe title="{title}" src="{site.as_uri()}/{page}" style="width:360px;height:800px"></iframe>'
+        for title, page in shown.items()
+    )
+    outer = tmp_path / "outer.html"
+    outer.write_text(f'<!doctype html><body><pre id="found"></pre>{frames}{LOOK}</body>')
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", outer.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True).stdout
+    text = re.findall(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[0]
+    found = json.loads(unescape(text))
+    assert set(found) == set(shown)
+    assert {title: one["wide"] for title, one in found.items() if one["wide"] > 360} == {}
+    assert [one["network"] for one in found.values() if one["network"]] == []
+    assert "Compare at matched recall" in found["search"]["results"]
