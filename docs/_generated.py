@@ -201,17 +201,20 @@ def verdict(*conditions: str) -> str:
     rows = []
     for condition in conditions:
         for metric, name in (("chair_i", "CHAIR_i"), ("chair_i_matched", "CHAIR_i at equal recall"), ("f1", "POPE F1")):
-            one = found[(found["treatment"] == condition) & (found["metric"] == metric)]
-            if len(one):
-                rows.append([f"`{condition}`", name, *_against(one.iloc[0]), str(one.iloc[0]["verdict"])])
-    return table(["condition", "score", "minus the unmodified model", "minus the hardest control", "verdict"], rows)
+            one = found[(found["treatment"] == condition) & (found["metric"] == metric)].iloc[0]
+            shown = name if len(conditions) == 1 else f"`{condition}`: {name}"
+            rows.append([shown, _interval(one, ""), _control(one), str(one["verdict"])])
+    return table(["score", "minus the unmodified model", "minus the hardest control", "verdict"], rows)
 
 
-def _against(row: pd.Series) -> list[str]:
-    control = str(row["control"])
-    less = [f"{row[k]:+.3f}" for k in ("value", "low", "high", "control_value", "control_low", "control_high")]
-    beside = f"{less[3]} [{less[4]}, {less[5]}] (`{control}`)" if control != "nan" else ""
-    return [f"{less[0]} [{less[1]}, {less[2]}]", beside]
+def _interval(row: pd.Series, prefix: str) -> str:
+    value, low, high = (f"{row[prefix + key]:+.3f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _control(row: pd.Series) -> str:
+    name = str(row["control"]).removeprefix(f"{row['treatment']}_")
+    return f"{_interval(row, 'control_')} (`{name}`)"
 
 
 def experiments() -> str:
