@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import textwrap
@@ -28,7 +29,8 @@ from slitlamp.reports.figures import FIGURES, SWEEPS
 from slitlamp.tracing import GatheringProbe, Probe, sites
 from slitlamp.tracing.sites import SITES, Site, canonical_name
 
-RESULTS = Path(__file__).parents[1] / "experiments" / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -92,6 +94,22 @@ def figures() -> str:
     for point in sorted(entry_points(group="slitlamp.probe_figures"), key=lambda one: one.name):
         rows += [[f"`{name}`", drawing.title, f"probe `{point.name}`"] for name, drawing in point.load().items()]
     return table(["figure", "title", "of"], rows)
+
+
+def panels() -> str:
+    """An entry for every module of the reports that draws on given axes, with the functions that do."""
+    parts = []
+    for path in sorted((ROOT / "slitlamp" / "reports").glob("*.py")):
+        found = [
+            node.name
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+            if "ax" in {one.arg for one in (*node.args.args, *node.args.kwonlyargs)}
+        ]
+        if found:
+            options = f"{{heading_level: 3, show_root_full_path: true, members: [{', '.join(found)}]}}"
+            parts.append(f"::: slitlamp.reports.{path.stem}\n    options: {options}")
+    return "\n\n".join(parts)
 
 
 # -- configuration ------------------------------------------------------------------------------------------------------
@@ -230,6 +248,7 @@ GENERATED: dict[str, Callable[..., str]] = {
     "families": families_table,
     "figures": figures,
     "objects": objects,
+    "panels": panels,
     "site_signatures": site_signatures,
     "site_table": site_table,
     "verdict": verdict,
