@@ -20,7 +20,16 @@ class _Strict(BaseModel):
 
 
 class ModelConfig(_Strict):
-    """Which model: `organism` (or `organism/seed1`), a Hugging Face id, or a folder; plus how to load it."""
+    """Which model: `organism` (or `organism/seed1`), a Hugging Face id, or a folder; plus how to load it.
+
+    Attributes:
+        id: what names the model. A text in place of the mapping stands for this key alone.
+        revision: branch, tag or commit of a hub repository; the newest by default.
+        dtype: of the weights, such as bfloat16; float32 by default for the embedded model, else that of the files.
+        device: where the model is put, such as cpu or cuda.
+        device_map: how accelerate spreads the model over devices, such as auto; not beside `device`.
+        trust_remote_code: whether code of the hub repository may run.
+    """
 
     id: str
     revision: str | None = None
@@ -34,8 +43,19 @@ class DatasetConfig(_Strict):
     """A data set by name, or one made of the user's files (then `task` says which kind).
 
     `pope` takes `questions` and `images`, and `instances` with `synonyms` where there are any; `captions` takes `images`,
-    `instances`, `synonyms`, `prompt`, and `captions` (the reference captions) where there are any. `take` keeps the first
-    n images.
+    `instances`, `synonyms`, `prompt`, and `captions` (the reference captions) where there are any.
+
+    Attributes:
+        name: of a data set that comes with slitlamp, or any name for one of your own. A text in place of the mapping
+            stands for this key alone.
+        take: keep the first n images.
+        task: pope or captions; only for a data set of your own.
+        questions: file of POPE questions.
+        images: folder of the images.
+        instances: COCO instances JSON.
+        captions: COCO captions JSON; what the captions name counts as true, too.
+        synonyms: CHAIR's file of synonyms.
+        prompt: of captions, what the model is asked; of POPE, the text around "{question}".
     """
 
     name: str
@@ -99,7 +119,36 @@ def _baseline() -> dict[str, list[Component]]:
 
 
 class Config(_Strict):
-    """An experiment: a model (or several, `models`), data sets, conditions (the first is the reference), probes, and more."""
+    """An experiment: a model (or several, `models`), data sets, conditions (the first is the reference), probes, and more.
+
+    Attributes:
+        title: of the report.
+        model: the model, see `ModelConfig`.
+        models: several models in place of one: the experiment runs on each, and the probes compare them.
+        datasets: data sets, see `DatasetConfig`.
+        take: keep the first n images of every data set.
+        conditions: interventions by the name of the condition; the first condition is the reference of comparisons.
+        controls: whether every treatment is joined by the matched controls that its interventions declare; a list of
+            names keeps some.
+        pairs: whether every two treatments are also tried together; a list of treatments keeps the pairs among them.
+        comparisons: pairs (condition, reference), beside all against the first and treatments against their controls.
+        probes: what is measured on the text that the model generates: `Name`, or `Name: {parameter: value}`.
+        probe_conditions: under which conditions; the first by default.
+        probe_datasets: on which data sets; by default those of captions, or all if there is none.
+        causal: whether what the probes point at is intervened on, against matched random targets; a number says on how
+            many items at most.
+        perplexity: whether captions are also scored by how likely the unmodified model finds them.
+        showcase: caption items shown word by word in the report: their ids, or true for some chosen by rule.
+        seed: of sampling and of the bootstrap.
+        batch_size: items per batch, which is also the unit in which work is stored.
+        max_new_tokens: limit of an answer, one for all tasks or by task; by default 8 for POPE and 512 for captions, or
+            the data set's own.
+        generation: further arguments of Hugging Face's `generate`; greedy decoding by default.
+        n_resamples: of the bootstrap over images.
+        level: of the intervals.
+        output: the run folder; by default runs/ and the name of the file.
+        folders: further folders in which the configuration may name files.
+    """
 
     title: str | None = None
     model: ModelSpec = ModelConfig(id="organism")
