@@ -37,7 +37,7 @@ lint: .venv/.dev
 
 # The site, into site/: a warning (a dead link, a name without a docstring) is an error.
 docs: .venv/.dev
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: .venv/.package
 	@found=; for script in benchmarks/[!_]*.py; do \
