@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.ticker import MaxNLocator
 
-from slitlamp.reports.conditions import need
+from slitlamp.reports.draw import need
 from slitlamp.reports.style import (
     BLUE,
     GREY,
@@ -136,7 +137,7 @@ def t_vhd_histogram(
         share = np.histogram(values, edges)[0] / len(values)
         top = max(top, float(share.max()))
         ax.stairs(
-            share, edges, fill=True, facecolor=(*_rgb(TOKEN_COLOURS[label]), 0.14), edgecolor=TOKEN_COLOURS[label],
+            share, edges, fill=True, facecolor=to_rgba(TOKEN_COLOURS[label], 0.14), edgecolor=TOKEN_COLOURS[label],
             hatch=TOKEN_HATCHES[label], linewidth=0, label="_fill",
         )  # fmt: skip
         ax.stairs(
@@ -156,9 +157,3 @@ def t_vhd_histogram(
     ax.set_xlabel(f"T-VHD of the {unit} (L2 distances)")
     ax.set_ylabel(f"share of the {unit}s of its kind")
     return ax
-
-
-def _rgb(colour: str) -> tuple[float, float, float]:
-    from matplotlib.colors import to_rgb
-
-    return to_rgb(colour)

@@ -13,7 +13,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 
-from slitlamp.reports.conditions import need
+from slitlamp.reports.draw import need
 from slitlamp.reports.ledger_drawings import FALSE, oriented
 from slitlamp.reports.style import GREY, MAP, TOKEN_COLOURS, WORDS, axes_or_new, contrast_ink, styled
 from slitlamp.reports.wording import number
