@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import numpy as np
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from slitlamp.reports.draw import (
     band,
+    heat_map,
     is_narrow,
     layer_axis,
     legend_below,
@@ -22,7 +21,7 @@ from slitlamp.reports.draw import (
     reference_line,
 )
 from slitlamp.reports.drawing import Drawing, Tables
-from slitlamp.reports.style import BLUE, GREEN, GREY, MAP, ORANGE, PURPLE, VERMILLION, axes_or_new, styled
+from slitlamp.reports.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, axes_or_new, styled
 
 _ROLES: Final[dict[str, tuple[str, str, Any, str]]] = {
     "object": (VERMILLION, "s", "-", "image tokens of the object"),
@@ -122,17 +121,12 @@ def head_panel(heads: pd.DataFrame, ax: Axes | None = None, *, limit: float | No
     ax = axes_or_new(ax)
     limit = max(float(heads["effect"].abs().max()) if limit is None else limit, 1e-6)
     grid = heads.pivot(index="layer", columns="head", values="effect").sort_index().sort_index(axis=1)
-    seaborn.heatmap(
-        grid.astype(float), ax=ax, cmap=MAP, vmin=-limit, vmax=limit, linewidths=0.6, linecolor="white",
-        cbar_kws={"label": "share of LD", "pad": 0.02},
-    )  # fmt: skip
+    heat_map(grid, ax, -limit, limit, label="share of LD")
     found = heads[heads["p_adjusted"] < 0.05]
     columns, rows = list(grid.columns), list(grid.index)
     x = [columns.index(one) + 0.5 for one in found["head"]]
     y = [rows.index(one) + 0.5 for one in found["layer"]]
     ax.scatter(x, y, s=22, c="white", edgecolors="black", linewidths=0.9, label="_found", zorder=4)
-    ax.tick_params(length=0)
-    ax.set_yticks(np.arange(len(rows)) + 0.5, labels=[str(one) for one in rows], rotation=0)
     ax.set_xlabel("head")
     ax.set_ylabel("layer")
     return ax

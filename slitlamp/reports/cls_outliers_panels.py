@@ -164,7 +164,7 @@ def jaccard_points(agreement: pd.DataFrame, ax: Axes | None = None) -> Axes:
         else:
             ax.text(0.02, place, "one of them is empty", va="center", fontsize=8, color="#595959")
     category_axis(ax, labels)
-    ax.set_xlim(0, 1)
+    ax.set_xlim(-0.03, 1)
     ax.set_xlabel("Jaccard (cross: chance)")
     return ax
 

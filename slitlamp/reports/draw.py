@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import seaborn
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,7 +15,17 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from slitlamp.errors import InputError
-from slitlamp.reports.style import GREY, NARROW, ConditionStyle, condition_styles, new_figure, short_names, style
+from slitlamp.reports.style import (
+    GREY,
+    MAP,
+    NARROW,
+    ConditionStyle,
+    condition_styles,
+    contrast_ink,
+    new_figure,
+    short_names,
+    style,
+)
 from slitlamp.reports.wording import Estimate
 
 Styles = Mapping[str, ConditionStyle]
@@ -102,6 +113,43 @@ def bare(ax: Axes) -> Axes:
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
+    return ax
+
+
+def heat_map(
+    grid: pd.DataFrame,
+    ax: Axes,
+    low: float,
+    high: float,
+    *,
+    notes: pd.DataFrame | None = None,
+    lines: bool = True,
+    square: bool = False,
+    **bar: Any,
+) -> Axes:
+    """A grid of values in the colours of the style sheet; NaN is white.
+
+    Args:
+        grid: values by row and column.
+        ax: where to draw.
+        low, high: ends of the colours.
+        notes: what is written into the cells, of the same shape; nothing if None.
+        lines: whether white lines part the cells.
+        square: whether cells are.
+        bar: of the scale beside it, as `Figure.colorbar` takes them, with its label; no scale if there is none.
+    """
+    seaborn.heatmap(
+        grid.astype(float), ax=ax, cmap=MAP, vmin=low, vmax=high, annot=False if notes is None else notes, fmt="",
+        annot_kws={"fontsize": 7.5}, linewidths=0.6 if lines else 0, linecolor="white", square=square, cbar=bool(bar),
+        cbar_kws={"pad": 0.02, **bar},
+    )  # fmt: skip
+    if notes is not None:
+        mesh, values = ax.collections[0], grid.to_numpy(dtype=float)
+        for text in ax.texts:
+            column, row = (int(one) for one in text.get_position())
+            text.set_color(contrast_ink(mesh.cmap(mesh.norm(values[row, column]))))
+    ax.tick_params(length=0)
+    ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
     return ax
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from slitlamp.reports import heads
 from slitlamp.reports.draw import (
     category_axis,
+    heat_map,
     interval_point,
     is_narrow,
     need,
@@ -19,8 +19,8 @@ from slitlamp.reports.draw import (
     reference_line,
 )
 from slitlamp.reports.drawing import Tables
-from slitlamp.reports.style import BLUE, GREEN, GREY, MAP, VERMILLION, ConditionStyle, axes_or_new, new_figure, styled
-from slitlamp.reports.wording import Estimate
+from slitlamp.reports.style import BLUE, GREEN, GREY, VERMILLION, ConditionStyle, axes_or_new, new_figure, styled
+from slitlamp.reports.wording import Estimate, number
 
 RANK, OVERLAP = ConditionStyle(BLUE, "o", "-", True), ConditionStyle(VERMILLION, "s", "-", False)
 
@@ -103,11 +103,8 @@ def steps_map(steps: pd.DataFrame, ax: Axes | None = None) -> Axes:
         one, two = int(row["step"]), int(row["other"])
         grid.loc[(one, two) if row["same_item"] else (two, one)] = row["spearman"]
     names = ["first\ntoken" if one == 0 else f"object {one}" for one in known]
-    seaborn.heatmap(
-        grid, ax=ax, cmap=MAP, vmin=0, vmax=1, annot=True, fmt=".2f", annot_kws={"fontsize": 7.5}, linewidths=0.6,
-        linecolor="white", square=True, cbar_kws={"label": "rank correlation (chance 0)", "shrink": 0.8, "pad": 0.02},
-    )  # fmt: skip
-    ax.tick_params(length=0)
+    notes = grid.map(lambda one: number(one, 2))
+    heat_map(grid, ax, 0, 1, notes=notes, square=True, label="rank correlation (chance 0)", shrink=0.8)
     ax.set_xticklabels(names, rotation=90)
     ax.set_yticklabels(names, rotation=0)
     ax.set_title("above: same caption; below: others", fontsize=8.5, fontweight="normal")

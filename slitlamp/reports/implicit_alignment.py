@@ -19,7 +19,16 @@ from slitlamp.reports.draw import (
 )
 from slitlamp.reports.drawing import Drawing, Tables
 from slitlamp.reports.implicit_alignment_compare import FIGURES as COMPARED
-from slitlamp.reports.implicit_alignment_panels import DOTTED, KL, MODALITIES, PAIRS, TAPS, VARIANTS, Look
+from slitlamp.reports.implicit_alignment_panels import (
+    CONTROL_LINES,
+    DOTTED,
+    KL,
+    MODALITIES,
+    PAIRS,
+    TAPS,
+    VARIANTS,
+    Look,
+)
 from slitlamp.reports.style import BLUE, INK, ORANGE, PURPLE, SKY, VERMILLION, new_figure, styled
 
 REDUCTIONS: Final = {
@@ -50,9 +59,9 @@ def _alignment_curves(tables: Tables, width: float) -> Figure | None:
     figure, axes = _grid(width, 3, 2.5, 3)
     for ax, (variant, title) in zip(axes, VARIANTS.items(), strict=True):
         panels.alignment_curves(table[table["variant"] == variant], "pair", PAIRS, ax, zero=True, spread=True)
+        ax.set(ylim=(-1.05, 1.05), ylabel="cosine similarity")
         ax.set_title(title)
-        ax.set_ylim(-1.05, 1.05)
-    axes[0].set_ylabel("cosine similarity")
+    outer_labels(axes)
     own_legend(figure, axes)
     return figure
 
@@ -67,7 +76,8 @@ def _matched(tables: Tables, width: float) -> Figure | None:
     for ax, (variant, title) in zip(axes, VARIANTS.items(), strict=True):
         panels.alignment_curves(table[table["variant"] == variant], "pair", looks, ax, zero=True, column="difference")
         ax.set_title(title)
-    axes[0].set_ylabel("own minus other text")
+        ax.set_ylabel("own minus other text")
+    outer_labels(axes)
     own_legend(figure, axes)
     return figure
 
@@ -82,9 +92,9 @@ def _reductions(tables: Tables, width: float) -> Figure | None:
     figure, axes = _grid(width, len(pairs), 2.4, max(len(pairs), 1))
     for ax, pair in zip(axes, pairs, strict=True):
         panels.alignment_curves(raw[raw["pair"] == pair], "reduction", REDUCTIONS, ax, zero=True)
+        ax.set(ylim=(-1.05, 1.05), ylabel="cosine similarity")
         ax.set_title(pair)
-        ax.set_ylim(-1.05, 1.05)
-    axes[0].set_ylabel("cosine similarity")
+    outer_labels(axes)
     own_legend(figure, axes)
     return figure
 
@@ -126,7 +136,7 @@ def _change(tables: Tables, width: float) -> Figure | None:
         shown = changes[changes["interval"] == step] if variant == "raw" else control
         panels.alignment_curves(shown, "modality", MODALITIES, ax, zero=True)
         controls = {
-            name: look._replace(line=DOTTED, marker="", name=f"control: other {name} tokens")
+            name: look._replace(line=CONTROL_LINES[name], marker="", name=f"control: other {name} tokens")
             for name, look in MODALITIES.items()
         }
         panels.alignment_curves(control, "modality", controls, ax, faint=True, column="control")
@@ -153,11 +163,11 @@ def _kl(tables: Tables, width: float) -> Figure | None:
     axes[0].set_ylim(bottom=0)
     axes[0].set_title("KL, image from text")
     axes[0].set_ylabel("nats")
-    for kind, name, line in (("of a token", "", "-"), ("pooled", ", pooled", (0, (2, 1.2)))):
-        looks = {
-            one: look._replace(line=line, name=f"{look.name}{name}", marker="" if name else look.marker)
-            for one, look in MODALITIES.items()
-        }
+    pooled = {
+        one: look._replace(line=CONTROL_LINES[one], name=f"{look.name}, pooled", marker="")
+        for one, look in MODALITIES.items()
+    }
+    for kind, looks in (("of a token", MODALITIES), ("pooled", pooled)):
         panels.alignment_curves(entropy[entropy["kind"] == kind], "modality", looks, axes[1])
     reference_line(axes[1], float(entropy["uniform"].iloc[0]), "uniform", horizontal=True)
     axes[1].set_ylim(0, float(entropy["uniform"].iloc[0]) * 1.12)

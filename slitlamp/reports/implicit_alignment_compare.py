@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from slitlamp.reports import implicit_alignment_panels as panels
-from slitlamp.reports.draw import own_legend, panel_grid
+from slitlamp.reports.draw import outer_labels, own_legend, panel_grid
 from slitlamp.reports.drawing import Drawing, Tables
 from slitlamp.reports.implicit_alignment_panels import METRICS, PAIRS, VARIANTS
 from slitlamp.reports.style import short_names, styled
@@ -44,9 +44,9 @@ def _across(tables: Tables, width: float) -> Figure | None:
         for place, (_, pair) in enumerate(rows.groupby(["dataset", "other"], sort=False)):
             looks = shown if place == 0 else {key: look._replace(name="_again") for key, look in shown.items()}
             panels.alignment_curves(pair, "pair", looks, ax, zero=place == 0, spread=place == 0)
+        ax.set(ylim=(-1.05, 1.05), ylabel="cosine similarity")
         ax.set_title(title)
-        ax.set_ylim(-1.05, 1.05)
-    axes[0].set_ylabel("cosine similarity")
+    outer_labels(axes)
     own_legend(figure, axes[:1])
     return figure
 
@@ -69,7 +69,8 @@ def _checkpoints(tables: Tables, width: float) -> Figure | None:
     for ax, (variant, title, column) in zip(axes, shown, strict=True):
         panels.alignment_curves(table[table["variant"] == variant], "model", looks, ax, zero=True, column=column)
         ax.set_title(title)
-    axes[0].set_ylabel("image-text cosine")
+        ax.set_ylabel("image-text cosine")
+    outer_labels(axes)
     own_legend(figure, axes[:1])
     return figure
 

@@ -51,6 +51,8 @@ KL: Final = {
     "image halves": Look(BLUE, DOTTED, "s", "control: image halves"),
     "text halves": Look(GREEN, MIXED, "D", "control: text halves"),
 }
+CONTROL_LINES: Final[dict[str, Any]] = {"image": DOTTED, "text": (0, (3, 1.5))}
+"""Of what stands beside a modality without markers."""
 HATCHES: Final = {"image": "", "text": "////"}
 METRICS: Final = {"accuracy": "accuracy", "recall": "recall", "chair_i": "CHAIR_i", "chair_s": "CHAIR_s"}
 VARIANTS: Final = {

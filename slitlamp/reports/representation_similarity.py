@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Final
 
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from slitlamp.reports.draw import is_narrow, need, outer_labels, panel_grid
+from slitlamp.reports.draw import heat_map, is_narrow, need, outer_labels, panel_grid
 from slitlamp.reports.drawing import Drawing, Tables
-from slitlamp.reports.style import MAP, axes_or_new, short_names, styled
+from slitlamp.reports.style import axes_or_new, short_names, styled
+from slitlamp.reports.wording import number
 
+MAX_ANNOTATED: Final = 64
+"""Largest number of cells whose values are written into the map."""
 NAMES: Final = {
     "cka": "linear CKA", "cka_unbiased": "CKA, unbiased", "svcca": "SVCCA", "procrustes": "Procrustes",
     "mutual_knn": "mutual neighbours",
@@ -33,12 +35,8 @@ def similarity_map(rows: pd.DataFrame, ax: Axes | None = None, *, both: bool = F
     grid = rows.pivot(index="layer_a", columns="layer_b", values="value").astype(float)
     if both:
         grid = grid.combine_first(grid.T).sort_index().sort_index(axis=1)
-    seaborn.heatmap(
-        grid, ax=ax, cmap=MAP, vmin=min(0.0, float(grid.min().min())), vmax=1, annot=grid.size <= 64, fmt=".2f",
-        annot_kws={"fontsize": 7}, linewidths=0.5, linecolor="white", cbar=False,
-    )  # fmt: skip
-    ax.tick_params(length=0)
-    ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
+    notes = grid.map(lambda one: number(one, 2)) if grid.size <= MAX_ANNOTATED else None
+    heat_map(grid, ax, min(0.0, float(grid.min(axis=None))), 1, notes=notes)
     null = round(float(rows["null"].mean()), 2) + 0.0  # no minus before a zero
     ax.set_title(f"{NAMES[str(rows['measure'].iloc[0])]}\nrandom {null:.2f}", fontsize=8.5)
     ax.set_xlabel("layer")

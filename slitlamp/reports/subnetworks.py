@@ -6,7 +6,6 @@ from typing import Final
 
 import numpy as np
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,6 +14,7 @@ from slitlamp.errors import InputError
 from slitlamp.reports.draw import (
     band,
     category_axis,
+    heat_map,
     interval_point,
     is_narrow,
     layer_axis,
@@ -29,7 +29,6 @@ from slitlamp.reports.style import (
     BLUE,
     GREEN,
     GREY,
-    MAP,
     ORANGE,
     PURPLE,
     VERMILLION,
@@ -38,7 +37,7 @@ from slitlamp.reports.style import (
     new_figure,
     styled,
 )
-from slitlamp.reports.wording import Estimate
+from slitlamp.reports.wording import Estimate, number
 
 LABEL: Final = "IoU"
 FOUND: Final = ConditionStyle(BLUE, "o", "-", True)
@@ -121,17 +120,11 @@ def overlap_map(square: pd.DataFrame, ax: Axes | None = None, *, random: float =
     if square.empty:
         raise InputError("this figure needs at least one row; the table is empty")
     ax = axes_or_new(ax, height=1.2 + 0.4 * len(square))
-    bar = {
-        "label": "IoU" if small else f"IoU (random masks: {random:.2f})",
-        "shrink": 0.85,
-        "pad": 0.06 if small else 0.02,
-    }
-    seaborn.heatmap(
-        square.astype(float), ax=ax, cmap=MAP, vmin=random, vmax=1, annot=len(square) <= MAX_ANNOTATED and not small,
-        fmt=".2f", annot_kws={"fontsize": 7.5}, linewidths=0.6, linecolor="white",
-        cbar_kws={**bar, "location": "bottom"} if small else bar,
-    )  # fmt: skip
-    ax.tick_params(length=0)
+    notes = square.map(lambda one: number(one, 2)) if len(square) <= MAX_ANNOTATED and not small else None
+    where = (
+        {"label": LABEL, "location": "bottom", "pad": 0.06} if small else {"label": f"IoU (random masks: {random:.2f})"}
+    )
+    heat_map(square, ax, random, 1, notes=notes, shrink=0.85, **where)
     names = [str(one) for one in square.index]
     numbered = [f"{name}  {number}" for number, name in enumerate(names, 1)]
     ax.set_yticks(np.arange(len(names)) + 0.5, labels=numbered if small else names, rotation=0)

@@ -7,18 +7,16 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import roc_curve
 
-from slitlamp.reports.draw import band, need, reference_line
+from slitlamp.reports.draw import band, heat_map, need, reference_line
 from slitlamp.reports.style import (
     BLUE,
     GREEN,
     GREY,
     INK,
-    MAP,
     ORANGE,
     PURPLE,
     TOKEN_COLOURS,
@@ -43,8 +41,6 @@ METHOD_LINES: Final[dict[str, Any]] = {
 SCORE_NAMES: Final = {"neg_log_p": "\N{MINUS SIGN}log p of the token, nats", "mention": "mention index"}
 KINDS: Final = ("object", "hallucinated")
 ALIGNMENT_NAMES: Final = {"none": "unaligned", "coral": "CORAL"}
-DARK_BELOW: Final = 0.62
-"""AUROC below which a cell of `matrix_panel` is so dark that its text is white."""
 
 
 def alignment_name(name: str) -> str:
@@ -200,15 +196,8 @@ def matrix_panel(
                 )
             else:
                 notes.loc[row, column] = ""
-    seaborn.heatmap(
-        grid.astype(float), ax=ax, cmap=MAP, vmin=0.4, vmax=0.9, annot=notes, fmt="", annot_kws={"fontsize": 7.5},
-        linewidths=0.8, linecolor="white", cbar=bar, cbar_kws={"label": "AUROC (chance .5)", "shrink": 0.9, "pad": 0.03},
-    )  # fmt: skip
-    values = grid.to_numpy(dtype=np.float64)
-    for cell, value in zip(ax.texts, values[np.isfinite(values)], strict=True):  # empty cells have no text
-        cell.set_color("white" if value < DARK_BELOW else INK)
-    ax.tick_params(length=0)
-    ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
+    scale = {"label": "AUROC (chance .5)", "shrink": 0.9, "pad": 0.03} if bar else {}
+    heat_map(grid, ax, 0.4, 0.9, notes=notes, **scale)
     ax.set_xlabel("applied to")
     ax.set_ylabel("trained on")
     return ax
