@@ -35,7 +35,7 @@ _WHAT: Final = {"denoising": "restored (denoising)", "noising": "taken away (noi
 
 @styled
 def position_panel(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Effect of patching each role by layer, with its interval; a thin dotted line is the control of the same colour.
+    """Effect of patching each role by layer, with its interval; a thin dotted line with small white markers is its control.
 
     Args:
         rows: of one direction: columns role, layer, effect (with _low and _high), control.
@@ -53,8 +53,9 @@ def position_panel(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot(some["layer"], some["effect"], color=colour, marker=marker, linestyle=line, label=f"_{role}")
         if role in ("object", "last"):
             ax.plot(
-                some["layer"], some["control"], color=colour, linestyle=(0, (1, 1)), linewidth=1.2, label="_control"
-            )
+                some["layer"], some["control"], color=colour, linestyle=(0, (1, 1)), linewidth=1.2, marker=marker,
+                markersize=3, markerfacecolor="white", label="_control",
+            )  # fmt: skip
     layer_axis(ax)
     ax.set_ylabel("share of LD")
     return ax

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from slitlamp.reports.draw import (
     band,
@@ -69,6 +70,7 @@ def inside_panel(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot(row["opposite"], place, marker="x", color=INK, markersize=4.5, linestyle="none", label="_opposite")
     category_axis(ax, [NAMES[str(one)] for one in rows["method"]])
     ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.set_xlabel("share inside of the box")
     return ax
 

@@ -45,7 +45,7 @@ def recall_curve(
             band(ax, rows["recall"], rows["low"], rows["high"], look.colour, alpha=0.12, label="_band")
     reference_line(ax, matched, kind="matched")
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("recall (share of objects named)")
+    ax.set_xlabel("recall (share of objects named)", loc="right")  # long beside the long names of another panel
     ax.set_ylabel("CHAIR_i (share of mentions)")
     return ax
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
 from slitlamp.reports.draw import band, category_axis, interval_point, layer_axis, need, reference_line
@@ -185,7 +185,8 @@ def count_points(outliers: pd.DataFrame, ax: Axes | None = None) -> Axes:
         _cross(ax, float(row.share), place)
     category_axis(ax, [f"{SHORT[str(row.definition)]} ({row.tokens:.1f} per image)" for row in outliers.itertuples()])
     ax.set_xlim(left=-0.005)
-    ax.set_xlabel("attention held (cross: chance)")
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.set_xlabel("attention held (cross: chance)", loc="right")  # long beside long names
     return ax
 
 

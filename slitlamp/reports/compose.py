@@ -108,7 +108,8 @@ def differences(data: RunData, width: float) -> Figure | None:
     splits = findings.pope_datasets(data)
     for dataset in [name for name in splits if split_name(name) == "all"] or splits:
         rows = table[table["dataset"].astype(str) == dataset]
-        panels.append(("accuracy", rows, f"POPE accuracy, {split_name(dataset)}"))
+        gap = "\n" if is_narrow(width) else " "
+        panels.append(("accuracy", rows, f"POPE accuracy,{gap}{split_name(dataset)}"))
     panels = [(name, rows, title) for name, rows, title in panels if (rows["metric"] == name).any()]
     if not panels:
         return None
@@ -135,7 +136,7 @@ def recall_curve(data: RunData, width: float) -> Figure | None:
         figure = new_figure(width, 3.6)
         axes = [figure.add_subplot()]
     elif narrow:
-        figure = new_figure(width, 3.9 + tall)
+        figure = new_figure(width, 3.9 + tall + 0.19 * max(len(data.drawn) - 6, 0))
         axes = list(figure.subplots(2, 1, height_ratios=[3.4, tall]))
     else:
         figure = new_figure(width, max(3.4, tall + 0.8))

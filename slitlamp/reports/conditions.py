@@ -164,6 +164,6 @@ def extremes(rows: pd.DataFrame) -> tuple[float, float]:
     return (float(finite.min()), float(finite.max())) if finite.size else (math.nan, math.nan)
 
 
-def locator() -> MaxNLocator:
+def locator(n: int = 4) -> MaxNLocator:
     """Few, round ticks."""
-    return MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10])
+    return MaxNLocator(nbins=n, steps=[1, 2, 2.5, 5, 10])

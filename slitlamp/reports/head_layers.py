@@ -186,15 +186,15 @@ def time_bars(
             place, row["seconds"], height=0.62, facecolor=look.colour if look.filled else "white", edgecolor=look.colour,
             hatch="" if look.filled else "////", linewidth=1.0, label="_time",
         )  # fmt: skip
-        tokens = f", {row['image_tokens']:.0f} image tokens" if "image_tokens" in row else ""
+        tokens = f", {row['image_tokens']:.0f} tokens" if "image_tokens" in row else ""
         ax.annotate(
             f"×{row['ratio']:.2f}{tokens}", (row["seconds"], place), xytext=(4, 0), textcoords="offset points", va="center",
             fontsize=8,
         )  # fmt: skip
     category_axis(ax, [names.get(str(name), str(name)) for name in table["condition"]])
-    # The ratio stands right of the longest bar: about .07 inches a letter, of an axis of about two thirds of the figure.
-    letters = 24 if "image_tokens" in table else 6
-    room = min(0.65, 0.07 * letters / (0.62 * ax.figure.get_figwidth()))  # type: ignore[union-attr]
+    # The ratio stands right of the longest bar: about .07 inches a letter, of an axis of about half of the figure.
+    letters = 17 if "image_tokens" in table else 6
+    room = min(0.7, 0.07 * letters / (0.52 * ax.figure.get_figwidth()))  # type: ignore[union-attr]
     ax.set_xlim(0, float(table["seconds"].max()) / (1 - room))
     ax.set_xlabel("generation, seconds in all")
     return ax
@@ -214,8 +214,14 @@ def generation_time(data: RunData, width: float) -> Figure | None:
 def generation_time_note(data: RunData) -> str:
     """The caption of `generation_time`."""
     device = str(data.environment.get("device", "this machine"))
+    table = generation_times(data)
+    tokens = (
+        ", and beside it the mean number of image tokens that were left"
+        if table is not None and "image_tokens" in table
+        else ""
+    )
     return (
         f"Wall-clock time of generation over all data sets of the run, on {device}, once and so without an interval; what "
-        f"else the machine did counts too. The number is the ratio to {data.reference!r}. Longer captions take longer: "
+        f"else the machine did counts too. The number is the ratio to {data.reference!r}{tokens}. Longer captions take longer: "
         "compare their mean length."
     )

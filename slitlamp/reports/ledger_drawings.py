@@ -271,6 +271,7 @@ def class_panel(
         ax.stairs(share, edges, color=colour, linestyle=TOKEN_LINES[label], linewidth=1.5, label=f"_{label}")
         ax.plot(
             [np.median(mine)], [0], marker=7, color=colour, markersize=7, clip_on=False,
+            markerfacecolor=colour if label == "object" else "white",
             transform=ax.get_xaxis_transform(), linestyle="none", zorder=5, label="_median",
         )  # fmt: skip
     ax.set_ylim(bottom=0)
@@ -288,4 +289,4 @@ def class_handles() -> list[Line2D]:
     return [
         Line2D([], [], color=TOKEN_COLOURS[label], linestyle=TOKEN_LINES[label], label=name)
         for label, name in (("object", "object in the image"), ("hallucinated", "hallucinated object"))
-    ] + [Line2D([], [], color=GREY, marker=7, linestyle="none", label="median of its kind")]
+    ] + [Line2D([], [], color=GREY, marker=7, linestyle="none", label="median (white: hallucinated)")]

@@ -117,7 +117,7 @@ def verdict_panel(
         ]
     )
     pad_limits(ax, *extremes(both), include=(0.0,))
-    ax.xaxis.set_major_locator(locator())
+    ax.xaxis.set_major_locator(locator(3))  # signed numbers are long
     ax.set_title(title or info.label, pad=15, fontsize=8.5)
     better_way(ax, info)
     ax.set_xlabel(f"difference ({info.unit})" if info.unit else "difference")

@@ -18,6 +18,7 @@ from figure_geometry import alike_in_grey, numbers, outside_limits, problems, te
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
+from matplotlib.text import Text
 from panel_examples import Example, examples
 
 import slitlamp.reports
@@ -46,6 +47,11 @@ def found_panels() -> dict[str, Callable[..., Axes]]:
 
 
 PANELS = found_panels()
+
+
+def named(labels: list[Text]) -> bool:
+    """Whether the ticks of an axis are names, which need no label: the other axis has the same, or their numbers."""
+    return any(letter.isalpha() for label in labels for letter in label.get_text())
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +113,14 @@ def test_a_panel_draws_on_the_axes_it_is_given_under_the_style_sheet(name: str, 
 @pytest.mark.parametrize("name", PANELS)
 def test_a_panel_can_be_read(name: str, width: float, example_of: dict[str, Example]) -> None:
     example = example_of[name]
-    figure = new_figure(width, 4.0)
-    ax = call(name, example, figure.add_subplot())
+    figure = new_figure(width, example.height)
+    more = example.narrow if width == NARROW else {}
+    ax = PANELS[name](*example.args, ax=figure.add_subplot(), **example.kwargs, **more)
     assert problems(figure) == []
     assert alike_in_grey(ax) == []
     if not example.bare:
-        words = [ax.get_xlabel(), ax.get_ylabel(), ax.get_title(loc="left")]
-        words += [label.get_text() for label in (*ax.get_xticklabels(), *ax.get_yticklabels())]
-        assert any(words[:3])
-        assert any(words[3:]) or ax.get_title(loc="left")
+        said = any((ax.get_xlabel(), ax.get_ylabel(), ax.get_title(loc="left")))
+        assert said or named(ax.get_yticklabels())
 
 
 @pytest.mark.parametrize("name", PANELS)

@@ -53,11 +53,15 @@ def problems(figure: Figure) -> list[str]:
     figure.canvas.draw()
     drawn = [(one, one.get_window_extent()) for one in texts(figure)]
     width, height = figure.bbox.size
-    found = [f"{one.get_fontsize():.1f} points: {one.get_text()!r}" for one, _ in drawn if one.get_fontsize() < SMALLEST]
+    found = [
+        f"{one.get_fontsize():.1f} points: {one.get_text()!r}" for one, _ in drawn if one.get_fontsize() < SMALLEST
+    ]
     for one, box in drawn:
         if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1:
             found.append(f"outside: {one.get_text()!r}")
-    upright = [(one, box) for one, box in drawn if one.get_rotation() % 90 == 0]  # the box of a slanted text is not its area
+    upright = [
+        (one, box) for one, box in drawn if one.get_rotation() % 90 == 0
+    ]  # the box of a slanted text is not its area
     for (one, box), (other, its) in itertools.combinations(upright, 2):
         across = min(box.x1, its.x1) - max(box.x0, its.x0)
         down = min(box.y1, its.y1) - max(box.y0, its.y0)
@@ -111,7 +115,7 @@ def grey(colour: object) -> float:
 
 
 def alike_in_grey(ax: Axes) -> list[str]:
-    """Pairs of series of different colours that nothing but their colour tells apart. Bars and bands belong to a marked series."""
+    """Pairs of series of different colours that nothing but colour tells apart. Bars and bands belong to a marked series."""
     series: list[tuple[str, str, tuple[object, ...]]] = [*_lines(ax), *_bars(ax)]
     found = []
     for (name, colour, look), (other, its, second) in itertools.combinations(series, 2):

@@ -29,6 +29,8 @@ class Example:
         lines: places of lines of reference (chance, zero, the unmodified model).
         shares: number of histograms, each of which must sum to one.
         bare: whether the panel has no words of its own (an image).
+        height: in inches, where it is read.
+        narrow: keyword arguments where it is narrow.
     """
 
     args: tuple[Any, ...]
@@ -38,11 +40,14 @@ class Example:
     lines: tuple[float, ...] = ()
     shares: int = 0
     bare: bool = False
+    height: float = 4.0
+    narrow: dict[str, Any] = field(default_factory=dict)
 
 
 def published(experiment: str, table: str, **chosen: object) -> pd.DataFrame:
     """A committed table of an experiment: the rows with these values, of its first condition and data set."""
-    rows = pd.read_csv(RESULTS / experiment / "tables" / f"{table}.csv")
+    path = RESULTS / experiment / "tables" / f"{table}.csv"
+    rows = pd.read_csv(path, keep_default_na=False, na_values=[""])  # a family of signals is called null
     for column in ("condition", "dataset"):
         if column in rows:
             rows = rows[rows[column] == rows[column].iloc[0]]
@@ -86,7 +91,7 @@ def verdicts() -> pd.DataFrame:
 
 
 def ledger(n: int = 80) -> pd.DataFrame:
-    """Objects of eight captions with every signal of the published ranking; higher means hallucinated, where it is declared so."""
+    """Objects of eight captions with every signal of the published ranking, all higher when hallucinated."""
     generator = np.random.default_rng(5)
     false = generator.random(n) < 0.3
     signals = [*published("ledger", "token_ledger_ranking")["signal"], "combined"]
@@ -106,7 +111,12 @@ def mentions(n: int = 120) -> pd.DataFrame:
     false = generator.random(n) < 0.3
     scores = {f"score_{name}": generator.normal(size=n) + false for name in ("logistic", "mlp")}
     return pd.DataFrame(
-        {"hallucinated": false, "neg_log_p": generator.gamma(1 + false), "mention": generator.integers(1, 6, n), **scores}
+        {
+            "hallucinated": false,
+            "neg_log_p": generator.gamma(1 + false),
+            "mention": generator.integers(1, 6, n),
+            **scores,
+        }
     )
 
 
@@ -198,7 +208,9 @@ def examples() -> dict[str, Example]:
     iou = {"experiment": "ima_fig6_subnetworks", "sparsity": 0.5}
     layers = published("tools_linear_probe", "linear_probe_layers")
     truth = published("truthful_layers", "truthful_direction_layers", method="logistic")
-    vocabulary = published("ima_fig4_vocabulary", "implicit_alignment_vocabulary_histogram", layer=0, modality="text", top=1)
+    vocabulary = published(
+        "ima_fig4_vocabulary", "implicit_alignment_vocabulary_histogram", layer=0, modality="text", top=1
+    )
     overlap = published("outliers_maps", "cls_outliers_overlap", encoder_layer=3)
     norms = published("outliers_maps", "cls_outliers_norms", stream="tower")
     maps = published("outliers_maps", "cls_outliers_maps", item=0)
@@ -261,7 +273,7 @@ def examples() -> dict[str, Example]:
         ),
         "token_map": Example((maps, "decoder"), columns=("decoder",)),
         "outlier_picture": Example((pixels(), maps)),
-        "overlap_curves": Example((overlap,), columns=("overlap", "low", "high", "chance", "other_image")),
+        "overlap_curves": Example((overlap,), columns=("overlap", "low", "high", "chance")),
         "influence_points": Example(
             (influence,), columns=tuple(f"{a}{b}" for a in ("influence", "matched", "random") for b in ("", "_low", "_high")),
             lines=(float(influence["chance"].iloc[0]),),
@@ -324,11 +336,12 @@ def examples() -> dict[str, Example]:
         "signal_roc_panel": Example((ledger(), _ranking().head(3)), {"rate": 0.05}),
         "comparison_panel": Example((parts,), columns=("auroc", "low", "high"), lines=(0.5,)),
         "class_panel": Example((ledger(), "entropy", "entropy"), shares=4),
-        "redundancy_panel": Example((redundancy, dict.fromkeys(redundancy["signal_a"], 1))),
-        "strip_panel": Example((ledger(), "2", _ranking().head(6))),
+        "redundancy_panel": Example((redundancy, dict.fromkeys(redundancy["signal_a"], 1)), height=5.7,
+                                    narrow={"annotate": False}),
+        "strip_panel": Example((ledger(), "2", _ranking().head(6)), narrow={"annotate": False}),
         "probe_curves": Example((layers, "auroc"), lines=(0.5,),
                                 columns=("auroc", "low", "high", "control", "control_low", "control_high", "null_high")),
-        "lens_panel": Example((published("tools_logit_lens", "logit_lens_text", metric="probability"), "kind"),
+        "lens_panel": Example((published("tools_logit_lens", "logit_lens_text", metric="probability", kind="object"), "kind"),
                               {"chance": 0.01}, BARS, lines=(0.01,)),
         "similarity_map": Example((published("tools_similarity_layers", "representation_similarity_layers", measure="cka"),),
                                   {"both": True}, ("value",)),
@@ -343,7 +356,7 @@ def examples() -> dict[str, Example]:
                                     columns=("iou", "low", "high", "shuffled", "image_halves", "text_halves")),
         "overlap_by_type": Example((published(table="subnetworks_iou_by_type", **iou),),
                                    columns=("iou", "low", "high", "shuffled", "image_halves", "text_halves")),
-        "overlap_map": Example((square,), {"random": 0.2}, ("a", "b", "c")),
+        "overlap_map": Example((square,), {"random": 0.2}, ("a", "b", "c"), narrow={"small": True}),
         "overlap_by_kind": Example(
             (published("ima_fig6_subnetworks", "subnetworks_compare_tasks_by_kind", type="all", sparsity=0.5),),
             columns=("iou", "low", "high"),
@@ -356,7 +369,7 @@ def examples() -> dict[str, Example]:
         "score_roc_panel": Example((mentions(), [("score_logistic", "logistic", "#0072B2", "-"),
                                                  ("neg_log_p", "-log p", "#D55E00", (0, (5, 2)))]),),
         "matrix_panel": Example((transfer, names, names), columns=("auroc",)),
-        "component_panel": Example((components,), lines=(0.5,), columns=("low", "high")),
+        "component_panel": Example((components,), lines=(0.5,), columns=("target_trained",)),
         "pmc_panel": Example((published("truthful_layers", "truthful_direction_pmc_by_length").query("n_mentions >= 5"),),
                              columns=("mean", "low", "high")),
         "pmc_difference_panel": Example(
@@ -364,4 +377,3 @@ def examples() -> dict[str, Example]:
             columns=BARS, lines=(0.0,),
         ),
     }  # fmt: skip
-
