@@ -33,6 +33,7 @@ DIVERGING: Final = LinearSegmentedColormap.from_list("slitlamp_diverging", [VERM
 """Worse, no difference, better: told apart by all kinds of colour vision; in grey, by the signs that are written in."""
 Pairs = Mapping[tuple[str, str], Estimate]
 _HATCH: Final = "////"
+_SIGNS: Final = {-1: "\N{MINUS SIGN}", 0: "0", 1: "+"}
 SMALLEST: Final = 7.0
 """Points: the smallest letters of a figure."""
 
@@ -152,7 +153,7 @@ def interaction_panel(
         )  # fmt: skip
         if one.defined:
             clear = one.excludes(0.0)
-            said = number(one.value, digits, signed=True) if digits else "+" if one.value > 0 else "\N{MINUS SIGN}"
+            said = number(one.value, digits, signed=True) if digits else _SIGNS[int(np.sign(one.value))]
             ax.text(
                 column + 0.5, row + 0.5, said + ("*" if clear else ""), ha="center",
                 va="center", fontsize=size, color=contrast_ink(colour), fontweight="bold" if clear else "normal", label="_number",
