@@ -203,7 +203,7 @@ def norm_densities(histogram: pd.DataFrame, norms: pd.DataFrame, ax: Axes | None
     need(norms, "layer", "valley")
     ax = axes_or_new(ax)
     layers = sorted(histogram["layer"].unique())
-    shades = np.linspace(0.75, 0.0, len(layers)) if len(layers) > 1 else np.array([0.0])
+    shades = np.linspace(0.82, 0.0, len(layers)) if len(layers) > 1 else np.array([0.0])
     for shade, layer in zip(shades, layers, strict=True):
         rows = histogram[histogram["layer"] == layer]
         colour = (shade, shade, min(1.0, shade + 0.25))

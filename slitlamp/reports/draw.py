@@ -147,7 +147,7 @@ def heat_map(
         mesh, values = ax.collections[0], grid.to_numpy(dtype=float)
         for text in ax.texts:
             column, row = (int(one) for one in text.get_position())
-            text.set_color(contrast_ink(mesh.cmap(mesh.norm(values[row, column]))))
+            text.set_color(contrast_ink(tuple(mesh.cmap(mesh.norm(values[row, column])))))
     ax.tick_params(length=0)
     ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
     return ax

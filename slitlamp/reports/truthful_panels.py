@@ -196,7 +196,7 @@ def matrix_panel(
                 )
             else:
                 notes.loc[row, column] = ""
-    scale = {"label": "AUROC (chance .5)", "shrink": 0.9, "pad": 0.03} if bar else {}
+    scale: dict[str, Any] = {"label": "AUROC (chance .5)", "shrink": 0.9, "pad": 0.03} if bar else {}
     heat_map(grid, ax, 0.4, 0.9, notes=notes, **scale)
     ax.set_xlabel("applied to")
     ax.set_ylabel("trained on")

@@ -68,9 +68,10 @@ DRAWN: dict[str, tuple[str, ...]] = {
     "dose_subnet_mask": ("subnetwork_masks", "dose_response", "verdicts", "differences"),
     "dose_m3id": ("dose_response", "verdicts", "differences", "recall_curve"),
     "vhd_fig5_layers": ("reinforced_layers",),
-    "composition": ("interaction_matrix", "verdicts", "generation_time", "pope"),
 }
 """Which figures are drawn from the published tables of which experiment."""
+COMPOSED = ("interaction_matrix", "verdicts", "differences")
+"""Which are drawn from the run of pairs of `conftest`."""
 
 
 def supplement(experiment: str) -> dict[str, pd.DataFrame]:
@@ -92,10 +93,14 @@ def supplement(experiment: str) -> dict[str, pd.DataFrame]:
     if experiment == "ledger":
         ranking = published("ledger", "token_ledger_ranking")
         parts = [ranking.assign(model=name, **part) for name in ("one", "other")]
+        pair = {f"{key}_{side}": value for side in "ab" for key, value in part.items()} | {
+            "model_a": "one",
+            "model_b": "other",
+        }
         return {
             "token_ledger_ledger": ledger().assign(**part),
             "token_ledger_compare_rankings": pd.concat(parts),
-            "token_ledger_compare_agreement": pd.DataFrame({"spearman": pd.Series(dtype=float)}),
+            "token_ledger_compare_agreement": pd.DataFrame([{**pair, "spearman": 0.9, "low": 0.8, "high": 0.95}]),
         }
     if experiment == "ima_fig7_checkpoints":
         return {"implicit_alignment_compare_score_relation": _relation()}
@@ -158,6 +163,11 @@ def test_figures_from_published_tables_can_be_read(experiment: str, tmp_path: Pa
         check(data, name)
 
 
+@pytest.mark.parametrize("name", COMPOSED)
+def test_figures_of_pairs_can_be_read(name: str, composed_run: Path) -> None:
+    check(RunData(composed_run), name)
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_of_scores_can_be_read(name: str, demo_run: Path) -> None:
     check(RunData(demo_run), name)
@@ -168,7 +178,7 @@ def test_every_figure_that_there_is_is_drawn_here() -> None:
     for point in entry_points(group="slitlamp.probe_figures"):
         if point.value.startswith("slitlamp."):
             declared |= {f"{point.name}_{name}" for name in probe_sections.drawings(point.name)}
-    drawn = {name for names in DRAWN.values() for name in names}
+    drawn = {*COMPOSED, *(name for names in DRAWN.values() for name in names)}
     missing = {*declared, *SWEEPS, *FIGURES} - drawn - set(FIGURES)
     assert missing == {"causal"}
     assert "head_divergence_causal" in drawn, "it is the same for all probes"

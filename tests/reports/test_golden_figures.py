@@ -39,7 +39,10 @@ def _draw(name: str, table: pd.DataFrame, ax: Axes) -> None:
     elif name == "token_map":
         panels.token_map(table, "value", ax)
     elif name == "outlier_picture":
-        marks = {"first in the encoder's attention": table["value"] > 0.7, "norm above mean + sd": table["value"] > 0.85}
+        marks = {
+            "first in the encoder's attention": table["value"] > 0.7,
+            "norm above mean + sd": table["value"] > 0.85,
+        }
         panels.outlier_picture(pixels(), table.assign(**marks), ax)
     elif name == "head_map":
         heads = table.rename(columns={"row": "layer", "column": "head", "value": "vhd"})
