@@ -80,7 +80,7 @@ def _redundancy(tables: Tables, width: float) -> Figure | None:
     if redundancy is None or ranking is None:
         return None
     narrow = is_narrow(width)
-    figure = new_figure(width, width * (0.8 if narrow else 0.86))
+    figure = new_figure(width, width * (0.72 if narrow else 0.86))
     maps.redundancy_panel(redundancy, _signs(ranking), figure.add_subplot(), annotate=not narrow)
     return figure
 

@@ -120,7 +120,7 @@ def test_titles_tell_two_probes_of_a_kind_apart(make_run: Callable[..., Path]) -
     ]
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     (run / "config.yaml").write_text(
-        yaml.safe_dump({**config, "probes": entries}, allow_unicode=True), encoding="utf-8"
+        yaml.safe_dump({**config, "probes": entries}, allow_unicode=True, sort_keys=False), encoding="utf-8"
     )
     environment = json.loads((run / "environment.json").read_text())
     keys = ["my_probe", "my_probe_2", "my_probe_3", "another"]
