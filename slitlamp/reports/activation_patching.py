@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import numpy as np
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from slitlamp.reports.draw import is_narrow, legend_below, reference_line
+from slitlamp.reports.draw import (
+    band,
+    heat_map,
+    is_narrow,
+    layer_axis,
+    legend_below,
+    need,
+    outer_labels,
+    panel_grid,
+    reference_line,
+)
 from slitlamp.reports.drawing import Drawing, Tables
-from slitlamp.reports.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILLION, new_figure, styled
+from slitlamp.reports.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, axes_or_new, styled
 
 _ROLES: Final[dict[str, tuple[str, str, Any, str]]] = {
     "object": (VERMILLION, "s", "-", "image tokens of the object"),
@@ -24,55 +31,48 @@ _ROLES: Final[dict[str, tuple[str, str, Any, str]]] = {
     "last": (BLUE, "o", "-", "last position"),
 }
 _WHAT: Final = {"denoising": "restored (denoising)", "noising": "taken away (noising)"}
-_DIRECTIONS: Final = tuple(_WHAT)
 
 
 @styled
-def position_panel(rows: pd.DataFrame, ax: Axes) -> Axes:
-    """Effect of patching each role by layer, with its interval; a thin dotted line is the control of the same colour.
+def position_panel(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Effect of patching each role by layer, with its interval; a thin dotted line with small white markers is its control.
 
     Args:
         rows: of one direction: columns role, layer, effect (with _low and _high), control.
-        ax: where to draw.
+        ax: where to draw; a new figure if None.
     """
+    need(rows, "role", "layer", "effect", "effect_low", "effect_high", "control")
+    ax = axes_or_new(ax)
     for at in (0, 1):
         reference_line(ax, at, horizontal=True)
     for role, (colour, marker, line, _) in _ROLES.items():
         some = rows[rows["role"] == role].sort_values("layer")
         if not len(some):
             continue
-        ax.fill_between(
-            some["layer"],
-            some["effect_low"],
-            some["effect_high"],
-            color=colour,
-            alpha=0.15,
-            linewidth=0,
-            label="_interval",
-        )
+        band(ax, some["layer"], some["effect_low"], some["effect_high"], colour)
         ax.plot(some["layer"], some["effect"], color=colour, marker=marker, linestyle=line, label=f"_{role}")
         if role in ("object", "last"):
             ax.plot(
-                some["layer"], some["control"], color=colour, linestyle=(0, (1, 1)), linewidth=1.2, label="_control"
-            )
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+                some["layer"], some["control"], color=colour, linestyle=(0, (1, 1)), linewidth=1.2, marker=marker,
+                markersize=3, markerfacecolor="white", label="_control",
+            )  # fmt: skip
+    layer_axis(ax)
+    ax.set_ylabel("share of LD")
     return ax
 
 
-@styled
 def _panels(
-    tables: Tables, name: str, width: float, tall: float, wide: float
-) -> tuple[Figure, list[tuple[str, Axes]]] | None:
-    """A figure with one panel per direction that a table has."""
+    tables: Tables, name: str, width: float, narrow: float, wide: float
+) -> tuple[Figure, dict[str, Axes]] | None:
+    """A figure with one panel per direction that a table has, and as many inches high as given for each width."""
     table = tables.get(name)
     if table is None or not len(table):
         return None
-    directions = [one for one in _DIRECTIONS if (table["direction"] == one).any()]
-    narrow = is_narrow(width)
-    figure = new_figure(width, 0.9 + tall * len(directions) if narrow else wide)
-    shape = (len(directions), 1) if narrow else (1, len(directions))
-    axes = np.atleast_1d(figure.subplots(*shape, sharex=True, sharey=True))
-    return figure, list(zip(directions, axes, strict=True))
+    directions = [one for one in _WHAT if (table["direction"] == one).any()]
+    figure, axes = panel_grid(
+        width, len(directions), narrow if is_narrow(width) else wide - 0.9, extra=0.9, sharex=True, sharey=True
+    )
+    return figure, dict(zip(directions, axes, strict=True))
 
 
 @styled
@@ -82,13 +82,9 @@ def _positions(tables: Tables, width: float) -> Figure | None:
         return None
     figure, panels = made
     table = tables["positions"]
-    for number, (direction, ax) in enumerate(panels):
-        position_panel(table[table["direction"] == direction], ax)
-        ax.set_title(_WHAT[direction])
-        if number == 0 or is_narrow(width):
-            ax.set_ylabel("share of LD")
-        if number == len(panels) - 1 or not is_narrow(width):
-            ax.set_xlabel("layer")
+    for direction, ax in panels.items():
+        position_panel(table[table["direction"] == direction], ax).set_title(_WHAT[direction])
+    outer_labels(list(panels.values()))
     handles = [
         Line2D([], [], color=colour, marker=marker, linestyle=line, label=name)
         for role, (colour, marker, line, name) in _ROLES.items()
@@ -106,37 +102,34 @@ def _heads(tables: Tables, width: float) -> Figure | None:
         return None
     figure, panels = made
     table = tables["heads"]
-    limit = max(float(table["effect"].abs().max()), 1e-6)
-    for number, (direction, ax) in enumerate(panels):
+    for direction, ax in panels.items():
         some = table[table["direction"] == direction]
-        head_panel(some, limit, ax)
-        ax.set_title(_WHAT[direction])
-        ax.set_ylabel("layer" if number == 0 or is_narrow(width) else "")
-        ax.set_xlabel("head" if number == len(panels) - 1 or not is_narrow(width) else "")
+        head_panel(some, ax, limit=float(table["effect"].abs().max())).set_title(_WHAT[direction])
+    outer_labels(list(panels.values()))
     return figure
 
 
 @styled
-def head_panel(heads: pd.DataFrame, limit: float, ax: Axes) -> Axes:
+def head_panel(heads: pd.DataFrame, ax: Axes | None = None, *, limit: float | None = None) -> Axes:
     """Map of the effect of patching each head; a ring marks heads above the mean of all others.
 
     Args:
         heads: of one direction: columns layer, head, effect, p_adjusted.
-        limit: of the colours, on both sides of zero.
-        ax: where to draw.
+        ax: where to draw; a new figure if None.
+        limit: of the colours, on both sides of zero; the largest effect if None.
     """
+    need(heads, "layer", "head", "effect", "p_adjusted")
+    ax = axes_or_new(ax)
+    limit = max(float(heads["effect"].abs().max()) if limit is None else limit, 1e-6)
     grid = heads.pivot(index="layer", columns="head", values="effect").sort_index().sort_index(axis=1)
-    seaborn.heatmap(
-        grid.astype(float), ax=ax, cmap="RdBu", center=0, vmin=-limit, vmax=limit, linewidths=0.6, linecolor="white",
-        cbar_kws={"label": "share of LD", "pad": 0.02},
-    )  # fmt: skip
+    heat_map(grid, ax, -limit, limit, label="share of LD")
     found = heads[heads["p_adjusted"] < 0.05]
     columns, rows = list(grid.columns), list(grid.index)
     x = [columns.index(one) + 0.5 for one in found["head"]]
     y = [rows.index(one) + 0.5 for one in found["layer"]]
     ax.scatter(x, y, s=22, c="white", edgecolors="black", linewidths=0.9, label="_found", zorder=4)
-    ax.tick_params(length=0)
-    ax.set_yticks(np.arange(len(rows)) + 0.5, labels=[str(one) for one in rows], rotation=0)
+    ax.set_xlabel("head")
+    ax.set_ylabel("layer")
     return ax
 
 
@@ -149,18 +142,14 @@ def _attribution(tables: Tables, width: float) -> Figure | None:
         return None
     figure, panels = made
     table, agreement = tables["attribution"], tables["agreement"]
-    for number, (direction, ax) in enumerate(panels):
-        some = table[table["direction"] == direction]
-        agreement_panel(some, ax)
+    for direction, ax in panels.items():
+        estimate_panel(table[table["direction"] == direction], ax)
         pearson = agreement.query("method == 'pearson' and direction == @direction")
         said = [
             f"r {one.correlation:.2f} [{one.low:.2f}, {one.high:.2f}] {one.component}" for one in pearson.itertuples()
         ]
         ax.set_title("\n".join([direction, *said]), fontweight="normal", fontsize=8.5)
-        if number == 0 or is_narrow(width):
-            ax.set_ylabel("first-order estimate")
-        if number == len(panels) - 1 or not is_narrow(width):
-            ax.set_xlabel("exact effect")
+    outer_labels(list(panels.values()))
     handles = [
         Line2D([], [], color=colour, marker=marker, markerfacecolor=face, linestyle="none", label=name)
         for name, (colour, marker, face) in _KINDS.items()
@@ -174,13 +163,15 @@ _KINDS: Final = {"positions": (BLUE, "o", "white"), "heads": (VERMILLION, "x", V
 
 
 @styled
-def agreement_panel(rows: pd.DataFrame, ax: Axes) -> Axes:
+def estimate_panel(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """First-order estimates against exact effects, one point per place; dashed where they are equal.
 
     Args:
         rows: of one direction: columns component, effect (the estimate), exact.
-        ax: where to draw.
+        ax: where to draw; a new figure if None.
     """
+    need(rows, "component", "effect", "exact")
+    ax = axes_or_new(ax)
     ends = [float(rows[["effect", "exact"]].min(axis=None)), float(rows[["effect", "exact"]].max(axis=None))]
     ax.plot(ends, ends, color=GREY, linewidth=1.0, linestyle=(0, (4, 2)), label="_equal", zorder=1)
     for name, (colour, marker, face) in _KINDS.items():
@@ -189,7 +180,8 @@ def agreement_panel(rows: pd.DataFrame, ax: Axes) -> Axes:
             some["exact"], some["effect"], linestyle="none", marker=marker, color=colour, markerfacecolor=face,
             markersize=4.5, label=f"_{name}", zorder=2,
         )  # fmt: skip
-    ax.spines["left"].set_color(INK)
+    ax.set_xlabel("exact effect")
+    ax.set_ylabel("first-order estimate")
     return ax
 
 

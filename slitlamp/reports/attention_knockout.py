@@ -9,11 +9,19 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from slitlamp.reports.draw import is_narrow, legend_below, reference_line
+from slitlamp.reports.draw import (
+    band,
+    is_narrow,
+    layer_axis,
+    legend_below,
+    need,
+    outer_labels,
+    panel_grid,
+    reference_line,
+)
 from slitlamp.reports.drawing import Drawing, Tables
-from slitlamp.reports.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, new_figure, styled
+from slitlamp.reports.style import BLUE, GREEN, GREY, INK, ORANGE, VERMILLION, axes_or_new, styled
 
 _COLOURS: Final = {
     "image_to_question": GREEN,
@@ -25,20 +33,33 @@ _MARKERS: Final = {"image_to_question": "D", "image_to_last": "o", "question_to_
 
 
 @styled
-def knockout_panel(effects: pd.DataFrame, flow: str, ax: Axes) -> Axes:
+def knockout_panel(effects: pd.DataFrame, flow: str, ax: Axes | None = None) -> Axes:
     """Change of the answer's probability by the layer on which the window is centred, with the control's.
 
     Args:
         effects: columns flow, layer, change, control (each with _low and _high), p_adjusted.
         flow: which one.
-        ax: where to draw.
+        ax: where to draw; a new figure if None.
     """
+    need(
+        effects,
+        "flow",
+        "layer",
+        "change",
+        "change_low",
+        "change_high",
+        "control",
+        "control_low",
+        "control_high",
+        "p_adjusted",
+    )
+    ax = axes_or_new(ax)
     rows = effects[effects["flow"] == flow].sort_values("layer")
     layers = rows["layer"].to_numpy()
     reference_line(ax, 0, horizontal=True)
     for name, colour, line in (("control", GREY, (0, (2, 1.2))), ("change", _COLOURS.get(flow, BLUE), "-")):
         value, low, high = (100 * rows[one].to_numpy(dtype=np.float64) for one in (name, f"{name}_low", f"{name}_high"))
-        ax.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0, label=f"_{name}_interval")
+        band(ax, layers, low, high, colour, label=f"_{name}_interval")
         ax.plot(layers, value, color=colour, linestyle=line, label=f"_{name}")
     found = (rows["p_adjusted"] < 0.05).to_numpy()
     for chosen, face in ((found, _COLOURS.get(flow, BLUE)), (~found, "white")):
@@ -47,7 +68,8 @@ def knockout_panel(effects: pd.DataFrame, flow: str, ax: Axes) -> Axes:
             marker=_MARKERS.get(flow, "o"), color=_COLOURS.get(flow, BLUE), markerfacecolor=face, label="_found", zorder=3,
         )  # fmt: skip
     ax.set_title(flow.replace("_to_", " → "))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    layer_axis(ax, "layer (centre of the window)")
+    ax.set_ylabel("change of p, %")
     return ax
 
 
@@ -58,17 +80,12 @@ def _knockout(tables: Tables, width: float) -> Figure | None:
         return None
     flows = list(dict.fromkeys(effects["flow"]))
     narrow = is_narrow(width)
-    figure = new_figure(width, 0.7 + 1.9 * len(flows) if narrow else 3.0)
-    shape = (len(flows), 1) if narrow else (1, len(flows))
-    axes = np.atleast_1d(figure.subplots(*shape, sharex=True, sharey=True))
+    figure, axes = panel_grid(width, len(flows), 1.9 if narrow else 2.3, extra=0.7, sharex=True, sharey=True)
     for ax, flow in zip(axes, flows, strict=True):
         knockout_panel(effects, flow, ax)
-    for ax in axes if narrow else axes[:1]:
-        ax.set_ylabel("change of p, %")
-    for ax in axes[-1:] if narrow else axes:
-        ax.set_xlabel("layer (centre of the window)")
+    outer_labels(axes)
     handles = [
-        Line2D([], [], color="#1a1a1a", marker="o", label="flow cut (filled: beyond the control, BH 5 %)"),
+        Line2D([], [], color=INK, marker="o", label="flow cut (filled: beyond the control, BH 5 %)"),
         Line2D([], [], color=GREY, linestyle=(0, (2, 1.2)), label="as many random pairs cut"),
     ]
     legend_below(figure, handles, columns=1 if narrow else 2)

@@ -10,8 +10,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from slitlamp.reports.conditions import need
-from slitlamp.reports.draw import category_axis, interval_point, is_narrow, legend_below
+from slitlamp.reports.draw import (
+    band,
+    category_axis,
+    interval_point,
+    is_narrow,
+    layer_axis,
+    legend_below,
+    need,
+    outer_labels,
+    panel_grid,
+)
 from slitlamp.reports.drawing import Drawing, Tables
 from slitlamp.reports.style import (
     BLUE,
@@ -61,6 +70,7 @@ def inside_panel(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot(row["opposite"], place, marker="x", color=INK, markersize=4.5, linestyle="none", label="_opposite")
     category_axis(ax, [NAMES[str(one)] for one in rows["method"]])
     ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.set_xlabel("share inside of the box")
     return ax
 
@@ -77,14 +87,11 @@ def inside(tables: Tables, width: float) -> Figure | None:
             panels[f"{'vision tower: ' if name == 'vision' else ''}{place}"] = rows
     if not panels:
         return None
-    columns = 1 if is_narrow(width) else min(2, len(panels))
-    rows_of = -(-len(panels) // columns)
     tall = 0.95 + 0.24 * max(len(one) for one in panels.values())
-    figure = new_figure(width, rows_of * tall)
-    for number, (title, rows) in enumerate(panels.items()):
-        ax = figure.add_subplot(rows_of, columns, number + 1)
-        inside_panel(rows, ax)
-        ax.set_title(title)
+    figure, axes = panel_grid(width, len(panels), tall, columns=2, extra=0)
+    for ax, (title, rows) in zip(axes, panels.items(), strict=True):
+        inside_panel(rows, ax).set_title(title)
+    outer_labels(axes, names=len({len(one) for one in panels.values()}) == 1)
     return figure
 
 
@@ -114,20 +121,12 @@ def depth_panel(rows: pd.DataFrame, value: str, label: str, ax: Axes | None = No
     for method, own in rows.groupby("method", sort=False):
         look = LOOKS[str(method)]
         x, y = own["layer"], own[value].astype(float)
-        ax.fill_between(
-            x,
-            own[f"{value}_low"].astype(float),
-            own[f"{value}_high"].astype(float),
-            color=look.colour,
-            alpha=0.18,
-            lw=0,
-        )
+        band(ax, x, own[f"{value}_low"], own[f"{value}_high"], look.colour)
         ax.plot(x, y, color=look.colour, linestyle=look.line, marker=look.marker, markersize=4, label=f"_{method}")
     if value == "inside":
         ax.axhline(float(rows["area"].iloc[0]), color=GREY, linestyle=(0, (2, 1)), linewidth=1.2, label="_area")
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    layer_axis(ax)
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("layer")
     ax.set_ylabel(label)
     return ax
 

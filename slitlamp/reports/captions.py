@@ -9,8 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from slitlamp.reports.conditions import need
-from slitlamp.reports.draw import Names, Styles, reference_line, styles_and_names
+from slitlamp.reports.draw import Names, Styles, band, need, reference_line, styles_and_names
 from slitlamp.reports.style import axes_or_new, styled
 
 
@@ -43,12 +42,10 @@ def recall_curve(
             label="_curve",
         )  # fmt: skip
         if {"low", "high"} <= set(rows.columns):
-            ax.fill_between(
-                rows["recall"], rows["low"], rows["high"], color=look.colour, alpha=0.12, linewidth=0, label="_band"
-            )
+            band(ax, rows["recall"], rows["low"], rows["high"], look.colour, alpha=0.12, label="_band")
     reference_line(ax, matched, kind="matched")
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("recall (share of objects named)")
+    ax.set_xlabel("recall (share of objects named)", loc="right")  # long beside the long names of another panel
     ax.set_ylabel("CHAIR_i (share of mentions)")
     return ax
 
@@ -80,9 +77,7 @@ def mention_index(
         look, rows = styles[str(condition)], group.sort_values("index")
         banded = bands is None or str(condition) in bands
         if banded:
-            ax.fill_between(
-                rows["index"], rows["low"], rows["high"], color=look.colour, alpha=0.15, linewidth=0, label="_band"
-            )
+            band(ax, rows["index"], rows["low"], rows["high"], look.colour, alpha=0.15, label="_band")
         ax.plot(
             rows["index"], rows["value"], color=look.colour, linestyle=look.line, marker=look.marker,
             markersize=5 if banded else 4, markerfacecolor=look.face, linewidth=1.7 if banded else 1.0, label="_curve",

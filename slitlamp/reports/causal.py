@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from slitlamp.causal import causal_sentences
-from slitlamp.reports.draw import is_narrow, legend_below, reference_line
+from slitlamp.reports.draw import is_narrow, need, own_legend, panel_grid, reference_line
 from slitlamp.reports.drawing import Drawing, Tables
-from slitlamp.reports.style import BLUE, GREEN, GREY, ORANGE, axes_or_new, new_figure, styled
+from slitlamp.reports.style import BLUE, GREEN, GREY, ORANGE, axes_or_new, styled
 from slitlamp.reports.wording import count
 
 OUTCOMES: Final = {
@@ -35,10 +35,12 @@ def causal_panel(rows: pd.DataFrame, ax: Axes | None = None, *, names: bool = Tr
     thin line from the least to the largest of them.
 
     Args:
-        rows: of one outcome: target, control, effect, low, high, control_effect, control_low, control_high, draws_min, draws_max.
+        rows: of one outcome (of a name, if the column is there): target, control, effect, low, high, control_effect, control_low,
+            control_high, draws_min, draws_max.
         ax: where to draw; a new figure if None.
         names: whether the targets are named at the axis.
     """
+    need(rows, "target", "control", "effect", "low", "high", "control_effect", "control_low", "control_high")
     targets, kinds = list(dict.fromkeys(rows["target"])), list(dict.fromkeys(rows["control"]))
     ax = axes_or_new(ax, height=1.0 + _row_height(rows) * len(targets))
     shared = len(rows) == len(targets) * len(kinds)  # every target against every kind
@@ -59,6 +61,10 @@ def causal_panel(rows: pd.DataFrame, ax: Axes | None = None, *, names: bool = Tr
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.set_yticks(range(len(targets)), labels=[_wrapped(one) for one in reversed(targets)] if names else [])
     ax.set_ylim(-0.6, len(targets) - 0.4)
+    if "outcome" in rows:
+        title, unit = OUTCOMES.get(str(rows["outcome"].iloc[0]), ("", "effect"))
+        ax.set_title(title)
+        ax.set_xlabel(unit)
     return ax
 
 
@@ -88,20 +94,13 @@ def _figure(tables: Tables, width: float) -> Figure | None:
     if table is None or table.empty:
         return None
     shown = [one for one in OUTCOMES if (table["outcome"] == one).any()]
-    narrow = is_narrow(width)
-    columns = 1 if narrow else min(2, len(shown))
-    lines = -(-len(shown) // columns)
     height = _row_height(table[table["outcome"] == shown[0]]) * table["target"].nunique()
-    figure = new_figure(width, lines * (0.95 + height) + 0.4)
-    for place, outcome in enumerate(shown):
-        ax = figure.add_subplot(lines, columns, place + 1)
-        causal_panel(table[table["outcome"] == outcome], ax, names=place % columns == 0)
-        title, unit = OUTCOMES[outcome]
-        ax.set_title(_wrapped(title, 20) if narrow else title)
-        ax.set_xlabel(unit)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    seen = dict(zip(labels, handles, strict=True))
-    legend_below(figure, list(seen.values()))
+    figure, axes = panel_grid(width, len(shown), 0.95 + height, columns=2, extra=0.4)
+    for place, (ax, outcome) in enumerate(zip(axes, shown, strict=True)):
+        causal_panel(table[table["outcome"] == outcome], ax, names=is_narrow(width) or place % 2 == 0)
+        if is_narrow(width):
+            ax.set_title(_wrapped(ax.get_title(loc="left"), 20))
+    own_legend(figure, axes[:1])
     return figure
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Final
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from slitlamp.reports import cls_outliers_panels as panels
 from slitlamp.reports.cls_outliers_maps import maps
-from slitlamp.reports.draw import is_narrow, legend_below
+from slitlamp.reports.draw import is_narrow, legend_below, outer_labels, own_legend, panel_grid
 from slitlamp.reports.drawing import Drawing, Tables
 from slitlamp.reports.style import (
     TOKEN_COLOURS,
@@ -22,26 +20,6 @@ from slitlamp.reports.style import (
     styled,
 )
 
-SHORT: Final = {
-    "first in the encoder's attention": "encoder",
-    "norm above mean + sd": "norm",
-    "norm above the threshold": "threshold",
-    "attention sink of the decoder": "sink",
-}
-
-
-def _two(width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Two panels side by side, or one above the other where it is narrow."""
-    figure = new_figure(width, height * 1.85 if is_narrow(width) else height)
-    axes = figure.subplots(2, 1) if is_narrow(width) else figure.subplots(1, 2)
-    return figure, list(axes)
-
-
-def _own_legend(figure: Figure, ax: Axes) -> None:
-    """The lines of a panel under the figure."""
-    handles, names = ax.get_legend_handles_labels()
-    legend_below(figure, [one for one, name in zip(handles, names, strict=True) if not name.startswith("_")])
-
 
 @styled
 def _overlap(tables: Tables, width: float) -> Figure | None:
@@ -49,14 +27,13 @@ def _overlap(tables: Tables, width: float) -> Figure | None:
     if table is None:
         return None
     layers = list(dict.fromkeys(table["encoder_layer"]))[:2]
-    figure, axes = _two(width, 3.3)
-    for ax, layer in zip(axes, layers, strict=False):
+    figure, axes = panel_grid(width, len(layers), 2.8)
+    for ax, layer in zip(axes, layers, strict=True):
         rows = table[table["encoder_layer"] == layer]
         panels.overlap_curves(rows, ax)
         ax.set_title(f"tower layer {layer}" + (" (features)" if rows["features"].iloc[0] else ""))
-    for ax in axes[len(layers) :]:
-        ax.remove()
-    _own_legend(figure, axes[0])
+    outer_labels(axes)
+    own_legend(figure, axes[:1])
     return figure
 
 
@@ -65,16 +42,13 @@ def _influence(tables: Tables, width: float) -> Figure | None:
     table, differences = tables.get("influence"), tables.get("influence_difference")
     if table is None:
         return None
-    figure, axes = _two(width, 2.7)
+    figure, axes = panel_grid(width, 1 if differences is None else 2, 2.1, extra=0.7)
     panels.influence_points(table[table["features"]], axes[0])
     labels = [one for one in ("object", "hallucinated") if (table["label"] == one).any()]
     handles = [_point(TOKEN_COLOURS[one], TOKEN_MARKERS[one], TOKEN_NAMES[one]) for one in labels]
-    if differences is None:
-        axes[1].remove()
-    else:
+    if differences is not None:
         panels.difference_points(differences[differences["features"]], axes[1])
-        if not is_narrow(width):
-            axes[1].set_yticklabels([])
+        outer_labels(axes, names=True)
         shown = set(differences["compared"])
         handles += [
             _point(colour, marker, name, filled=filled)
@@ -95,9 +69,9 @@ def _definitions(tables: Tables, width: float) -> Figure | None:
     outliers, agreement = tables.get("outliers"), tables.get("agreement")
     if outliers is None or agreement is None:
         return None
-    figure, axes = _two(width, 2.4)
-    panels.count_points(outliers, SHORT, axes[0])
-    panels.jaccard_points(agreement, SHORT, axes[1])
+    figure, axes = panel_grid(width, 2, 2.3, extra=0.1)
+    panels.count_points(outliers, axes[0])
+    panels.jaccard_points(agreement, axes[1])
     return figure
 
 
@@ -106,8 +80,7 @@ def _norms(tables: Tables, width: float) -> Figure | None:
     table, histogram = tables.get("norms"), tables.get("norm_histogram")
     if table is None or histogram is None:
         return None
-    figure = new_figure(width, 9.6 if is_narrow(width) else 5.4)
-    axes = figure.subplots(4, 1) if is_narrow(width) else figure.subplots(2, 2).ravel()
+    figure, axes = panel_grid(width, 4, 2.3 if is_narrow(width) else 2.4, columns=2, extra=0.6)
     for place, stream in enumerate(("tower", "decoder")):
         rows, bins = table[table["stream"] == stream], histogram[histogram["stream"] == stream]
         densities, ratios = axes[2 * place : 2 * place + 2]
@@ -115,7 +88,7 @@ def _norms(tables: Tables, width: float) -> Figure | None:
         panels.norm_ratios(rows, ratios)
         densities.set_title(stream)
     handles = list(axes[1].get_legend_handles_labels()[0])
-    shades = axes[0].get_legend_handles_labels()[0]
+    shades = axes[0].patches
     for number, name in {0: "first layer", len(shades) // 2: "middle layer", len(shades) - 1: "last layer"}.items():
         handles.append(Line2D([], [], color=shades[number].get_edgecolor(), label=name))
     legend_below(figure, handles)
@@ -130,8 +103,7 @@ def _concentration(tables: Tables, width: float) -> Figure | None:
     figure = new_figure(width, 3.2)
     ax = figure.add_subplot()
     panels.concentration_lines(table, ax)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-    _own_legend(figure, ax)
+    own_legend(figure, [ax])
     return figure
 
 

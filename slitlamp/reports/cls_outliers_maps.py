@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from slitlamp.reports.draw import is_narrow, legend_below
+from slitlamp.reports.draw import bare, is_narrow, legend_below, need
 from slitlamp.reports.drawing import Tables
-from slitlamp.reports.style import BLUE, GREEN, MAP, PURPLE, VERMILLION, new_figure, styled
+from slitlamp.reports.style import BLUE, GREEN, MAP, PURPLE, VERMILLION, axes_or_new, new_figure, styled
 
 MARKS = {
     "first in the encoder's attention": (VERMILLION, "s", 1.0),
@@ -22,16 +22,34 @@ MARKS = {
 
 
 @styled
-def heat_map(table: pd.DataFrame, column: str, ax: Axes) -> Axes:
-    """One quantity of the image tokens of one item by row and column."""
+def token_map(table: pd.DataFrame, column: str, ax: Axes | None = None) -> Axes:
+    """One quantity of the image tokens of one item by row and column.
+
+    Args:
+        table: columns row, column and `column`; one row per image token.
+        column: which quantity, from zero.
+        ax: where to draw; a new figure if None.
+    """
+    need(table, "row", "column", column)
+    ax = axes_or_new(ax, width=2.4, height=2.6)
     grid = table.pivot(index="row", columns="column", values=column).to_numpy(dtype=np.float64)
     ax.imshow(grid, cmap=MAP, vmin=0, aspect="equal", interpolation="nearest")
-    return _bare(ax)
+    ax.set_title(column.replace("_", " "), fontsize=9, fontweight="normal")
+    return bare(ax)
 
 
 @styled
-def picture(pixels: pd.DataFrame, table: pd.DataFrame, ax: Axes) -> Axes:
-    """The image of one item, and on it the outliers of every definition."""
+def outlier_picture(pixels: pd.DataFrame, table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """The image of one item, and on it the outliers of every definition.
+
+    Args:
+        pixels: columns y, x, red, green, blue (0 to 255); one row per pixel.
+        table: columns row, column and those of `MARKS` that are known (whether the token is one); one row per image token.
+        ax: where to draw; a new figure if None.
+    """
+    need(pixels, "y", "x", "red", "green", "blue")
+    need(table, "row", "column")
+    ax = axes_or_new(ax, width=2.4, height=2.6)
     height, width = int(pixels["y"].max()) + 1, int(pixels["x"].max()) + 1
     colours = pixels.sort_values(["y", "x"])[["red", "green", "blue"]].to_numpy(dtype=np.uint8)
     rows, columns = int(table["row"].max()) + 1, int(table["column"].max()) + 1
@@ -47,15 +65,8 @@ def picture(pixels: pd.DataFrame, table: pd.DataFrame, ax: Axes) -> Axes:
                 chosen["column"], chosen["row"], marker=marker, s=(0.62 * size * cell) ** 2 * 0.5, facecolors="none",
                 edgecolors=colour, linewidths=1.6, label=f"_{name}",
             )  # fmt: skip
-    return _bare(ax)
-
-
-def _bare(ax: Axes) -> Axes:
-    ax.set_xticks([])
-    ax.set_yticks([])
-    for side in ax.spines.values():
-        side.set_visible(False)
-    return ax
+    ax.set_title("image", fontsize=9, fontweight="normal")
+    return bare(ax)
 
 
 @styled
@@ -77,11 +88,12 @@ def maps(tables: Tables, width: float) -> Figure | None:
         titles[1] = f"encoder,\nlayer {layer}"
     for row, item in zip(panels, items, strict=True):
         table = values[values["item"] == item]
-        picture(pixels[pixels["item"] == item], table, row[0])
-        heat_map(table, encoder, row[1])
-        heat_map(table, "decoder", row[2])
-    for ax, title in zip(panels[0], titles, strict=True):
-        ax.set_title(title, fontsize=9, fontweight="normal")
+        outlier_picture(pixels[pixels["item"] == item], table, row[0])
+        token_map(table, encoder, row[1])
+        token_map(table, "decoder", row[2])
+    for place, row in enumerate(panels):
+        for ax, title in zip(row, titles, strict=True):
+            ax.set_title("" if place else title, fontsize=9, fontweight="normal")
     legend_below(figure, _handles(values))
     return figure
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from slitlamp.reports import captions, conditions, findings, heads, probe_findings, scene, showcase, summaries
 from slitlamp.reports.data import MANY, RunData
-from slitlamp.reports.draw import condition_handles, is_narrow, legend_below
+from slitlamp.reports.draw import condition_handles, is_narrow, legend_below, panel_grid
 from slitlamp.reports.metrics import metric, split_name
 from slitlamp.reports.style import new_figure, styled
 from slitlamp.reports.wording import number
@@ -68,10 +68,10 @@ def pope(data: RunData, width: float) -> Figure | None:
     shown = [name for name in POPE_METRICS if (rows["metric"] == name).any()]
     row = 0.1 if is_narrow(width) else 0.12
     tall = 0.85 + len(datasets) * (0.2 + row * len(data.drawn))
-    figure, axes = _panels(width, len(shown), tall, columns=1 if is_narrow(width) else len(shown), extra=0.5)
+    figure, axes = panel_grid(width, len(shown), tall)
     for ax, name in zip(axes, shown, strict=True):
         conditions.pope_panel(rows, metric(name, "pope"), ax, styles=data.styles, names=data.short)
-    _inner_labels_off(axes, width)
+    _names_at_the_left(axes)
     legend_below(figure, condition_handles(data.drawn, data.styles, data.short))
     return figure
 
@@ -86,10 +86,10 @@ def chair(data: RunData, width: float) -> Figure | None:
     rows = table[table["dataset"].astype(str) == datasets[0]]
     shown = [name for name in CHAIR_METRICS if (rows["metric"] == name).any()]
     tall = 0.75 + 0.26 * len(data.drawn)
-    figure, axes = _panels(width, len(shown), tall, columns=1 if is_narrow(width) else 2)
+    figure, axes = panel_grid(width, len(shown), tall, columns=2, extra=0)
     for ax, name in zip(axes, shown, strict=True):
         conditions.conditions_panel(rows, name, ax, styles=data.styles, names=data.short, reference=data.reference)
-    _inner_labels_off(axes, width, columns=2)
+    _names_at_the_left(axes)
     return figure
 
 
@@ -108,15 +108,16 @@ def differences(data: RunData, width: float) -> Figure | None:
     splits = findings.pope_datasets(data)
     for dataset in [name for name in splits if split_name(name) == "all"] or splits:
         rows = table[table["dataset"].astype(str) == dataset]
-        panels.append(("accuracy", rows, f"POPE accuracy, {split_name(dataset)}"))
+        gap = "\n" if is_narrow(width) else " "
+        panels.append(("accuracy", rows, f"POPE accuracy,{gap}{split_name(dataset)}"))
     panels = [(name, rows, title) for name, rows, title in panels if (rows["metric"] == name).any()]
     if not panels:
         return None
     tall = 0.75 + 0.26 * max(len(data.drawn) - 1, 1)
-    figure, axes = _panels(width, len(panels), tall, columns=1 if is_narrow(width) else 2)
+    figure, axes = panel_grid(width, len(panels), tall, columns=2, extra=0)
     for ax, (name, rows, title) in zip(axes, panels, strict=True):
         conditions.differences_panel(rows, name, ax, styles=data.styles, names=data.short, title=title)
-    _inner_labels_off(axes, width, columns=2)
+    _names_at_the_left(axes)
     return figure
 
 
@@ -135,7 +136,7 @@ def recall_curve(data: RunData, width: float) -> Figure | None:
         figure = new_figure(width, 3.6)
         axes = [figure.add_subplot()]
     elif narrow:
-        figure = new_figure(width, 3.9 + tall)
+        figure = new_figure(width, 3.9 + tall + 0.19 * max(len(data.drawn) - 6, 0))
         axes = list(figure.subplots(2, 1, height_ratios=[3.4, tall]))
     else:
         figure = new_figure(width, max(3.4, tall + 0.8))
@@ -194,18 +195,9 @@ def attention_maps(data: RunData, width: float) -> Figure | None:
     return scene.caption_words(scenes[0], width, with_words=False) if usable else None
 
 
-def _panels(width: float, n: int, tall: float, *, columns: int, extra: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """A figure with n panels in rows of `columns`; each `tall` inches high."""
-    columns = min(columns, n)
-    rows = math.ceil(n / columns)
-    figure = new_figure(width, rows * tall + extra)
-    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
-
-
-def _inner_labels_off(axes: Sequence[Axes], width: float, columns: int | None = None) -> None:
-    """Keep the names of rows at the left edge only."""
-    if is_narrow(width):
-        return
-    for i, ax in enumerate(axes):
-        if i % (columns or len(axes)):
+def _names_at_the_left(axes: Sequence[Axes]) -> None:
+    """Keep the names of rows, which all panels share, at the left edge only; numbers below differ and stay."""
+    for ax in axes:
+        place = ax.get_subplotspec()
+        if place is not None and place.colspan.start:
             ax.set_yticklabels([])

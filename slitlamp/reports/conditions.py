@@ -9,12 +9,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from slitlamp.errors import InputError
 from slitlamp.reports.draw import (
     Names,
     Styles,
     category_axis,
     interval_point,
+    need,
     pad_limits,
     reference_line,
     styles_and_names,
@@ -22,17 +22,6 @@ from slitlamp.reports.draw import (
 from slitlamp.reports.metrics import Metric, metric, split_name
 from slitlamp.reports.style import GREY, axes_or_new, styled
 from slitlamp.reports.wording import Estimate
-
-
-def need(table: pd.DataFrame, *columns: str) -> None:
-    """Raise InputError where a table cannot be drawn."""
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise InputError(
-            f"this figure needs the column(s) {', '.join(missing)}; found {', '.join(map(str, table.columns))}"
-        )
-    if table.empty:
-        raise InputError("this figure needs at least one row; the table is empty")
 
 
 @styled
@@ -153,7 +142,7 @@ def differences_panel(
     category_axis(ax, [names.get(str(name), str(name)) for name in rows["condition"]])
     pad_limits(ax, *extremes(rows), include=(0.0,))
     ax.xaxis.set_major_locator(locator())
-    ax.set_title(title or info.label)
+    ax.set_title(title or info.label, pad=15)
     better_way(ax, info)
     ax.set_xlabel(f"difference ({info.unit})" if info.unit else "difference")
     return ax
@@ -175,6 +164,6 @@ def extremes(rows: pd.DataFrame) -> tuple[float, float]:
     return (float(finite.min()), float(finite.max())) if finite.size else (math.nan, math.nan)
 
 
-def locator() -> MaxNLocator:
+def locator(n: int = 4) -> MaxNLocator:
     """Few, round ticks."""
-    return MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10])
+    return MaxNLocator(nbins=n, steps=[1, 2, 2.5, 5, 10])

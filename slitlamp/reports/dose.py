@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from slitlamp.reports import findings
-from slitlamp.reports.conditions import need
 from slitlamp.reports.data import RunData
-from slitlamp.reports.draw import condition_handles, is_narrow, legend_below
+from slitlamp.reports.draw import band, condition_handles, legend_below, need, panel_grid
 from slitlamp.reports.metrics import metric
 from slitlamp.reports.style import (
     BLUE,
@@ -24,7 +23,6 @@ from slitlamp.reports.style import (
     PURPLE,
     ConditionStyle,
     axes_or_new,
-    new_figure,
     styled,
 )
 
@@ -127,7 +125,7 @@ def dose_curve(table: pd.DataFrame, name: str, parameter: str, ax: Axes | None =
         own = rows[(rows["control"] == control) & rows["dose"].notna()]
         x, value, low, high = (own[one].to_numpy(dtype=float) for one in ("dose", "value", "low", "high"))
         if not control:
-            ax.fill_between(x, low, high, color=look.colour, alpha=0.18, linewidth=0, label="_band")
+            band(ax, x, low, high, look.colour, label="_band")
         ax.plot(
             x, value, color=look.colour, marker=look.marker, markerfacecolor=look.face, linestyle=look.line,
             label=f"_{control or 'method'}",
@@ -158,14 +156,9 @@ def dose_response(data: RunData, width: float) -> Figure | None:
     found = doses(data.config["conditions"])
     assert found is not None  # or there were no scores
     shown = [name for name in (*CAPTIONS, "f1") if (table["metric"] == name).any()]
-    columns = 2 if is_narrow(width) else 3
-    n_rows = -(-len(shown) // columns)
-    figure = new_figure(width, 2.2 * n_rows + 0.6)
-    axes = figure.subplots(n_rows, columns, squeeze=False).ravel()
-    for ax, name in zip(axes, shown, strict=False):
+    figure, axes = panel_grid(width, len(shown), 2.2, columns=3, narrow_columns=2, extra=0.6)
+    for ax, name in zip(axes, shown, strict=True):
         dose_curve(table, name, found.parameter, ax)
-    for ax in axes[len(shown) :]:
-        ax.remove()
     drawn = looks(table)
     names = {one: f"control: {one}" for one in drawn} | {"": found.method}
     legend_below(figure, condition_handles(list(drawn), drawn, names, lines=True))

@@ -112,14 +112,18 @@ SWEEPS: Final[dict[str, RunFigure]] = {
 
 def run_figures(data: RunData) -> dict[str, RunFigure]:
     """Every figure that a run can have, in the order of the report: the token ledger first, other probes last."""
-    declared = {name: _declared(*one) for name, one in probe_sections.declared(data).items()}
+    declared = {
+        name: _declared(drawing, key, said, probe_sections.difference(data, key))
+        for name, (drawing, key, said) in probe_sections.declared(data).items()
+    }
     first = {name: one for name, one in declared.items() if name.startswith(probe_sections.FIRST)}
     return {**first, **FIGURES, **SWEEPS, **declared}
 
 
-def _declared(drawing: Drawing, key: str, said: list[str]) -> RunFigure:
+def _declared(drawing: Drawing, key: str, said: list[str], difference: str) -> RunFigure:
+    """A probe's figure; its title says how the probe differs from others of its kind in the run."""
     return RunFigure(
-        drawing.title,
+        f"{drawing.title} ({difference})" if difference else drawing.title,
         lambda data, width: drawing.draw(probe_sections.tables_of(data, key), width),
         lambda data: drawing.caption(probe_sections.tables_of(data, key)) + probe_sections.part_text(data, key),
         lambda data: said,

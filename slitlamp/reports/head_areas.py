@@ -7,8 +7,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from slitlamp.reports import heads, summaries
-from slitlamp.reports.conditions import need
-from slitlamp.reports.draw import condition_handles, interval_point, is_narrow, legend_below, reference_line
+from slitlamp.reports.draw import (
+    condition_handles,
+    interval_point,
+    is_narrow,
+    legend_below,
+    need,
+    outer_labels,
+    panel_grid,
+    reference_line,
+)
 from slitlamp.reports.drawing import Tables
 from slitlamp.reports.style import BLUE, GREY, VERMILLION, ConditionStyle, axes_or_new, new_figure, styled
 from slitlamp.reports.wording import Estimate
@@ -56,16 +64,10 @@ def t_vhd_areas(tables: Tables, width: float) -> Figure | None:
     panels = {name: rows for name, rows in panels.items() if rows["auroc"].notna().any()}
     if not panels:
         return None
-    narrow = is_narrow(width)
-    figure = new_figure(width, 2.3 * len(panels) + 0.7 if narrow else 3.1)
-    axes = figure.subplots(
-        len(panels) if narrow else 1, 1 if narrow else len(panels), squeeze=False, sharey=True
-    ).ravel()
+    figure, axes = panel_grid(width, len(panels), 2.3, extra=0.7, sharey=True)
     for ax, (name, rows) in zip(axes, panels.items(), strict=True):
-        area_panel(rows, ax)
-        ax.set_title(name, fontsize=8.5)
-        if not narrow and ax is not axes[0]:
-            ax.set_ylabel("")
+        area_panel(rows, ax).set_title(name, fontsize=8.5)
+    outer_labels(axes)
     legend_below(figure, condition_handles(list(LOOKS), LOOKS, NAMES))
     return figure
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from slitlamp.reports import heads
-from slitlamp.reports.conditions import need
-from slitlamp.reports.draw import category_axis, interval_point, is_narrow, reference_line
+from slitlamp.reports.draw import (
+    category_axis,
+    heat_map,
+    interval_point,
+    is_narrow,
+    need,
+    outer_labels,
+    panel_grid,
+    reference_line,
+)
 from slitlamp.reports.drawing import Tables
-from slitlamp.reports.style import BLUE, GREEN, GREY, MAP, VERMILLION, ConditionStyle, axes_or_new, new_figure, styled
-from slitlamp.reports.wording import Estimate
+from slitlamp.reports.style import BLUE, GREEN, GREY, VERMILLION, ConditionStyle, axes_or_new, new_figure, styled
+from slitlamp.reports.wording import Estimate, number
 
 RANK, OVERLAP = ConditionStyle(BLUE, "o", "-", True), ConditionStyle(VERMILLION, "s", "-", False)
 
@@ -44,14 +51,12 @@ def agreement_panel(rows: pd.DataFrame, labels: list[str], value: str, ax: Axes 
 
 @styled
 def _agreement(rows: pd.DataFrame, labels: list[str], width: float) -> Figure:
-    narrow = is_narrow(width)
     tall = 0.85 + 0.3 * len(rows) * (1 + 0.5 * any("\n" in one for one in labels))
-    figure = new_figure(width, 2 * tall if narrow else tall)
-    first, second = figure.subplots(2 if narrow else 1, 1 if narrow else 2, squeeze=False).ravel()
-    agreement_panel(rows, labels, "spearman", first)
-    agreement_panel(rows, labels, "overlap", second)
-    if not narrow:
-        second.set_yticklabels([])
+    figure, axes = panel_grid(width, 2, tall, extra=0)
+    agreement_panel(rows, labels, "spearman", axes[0])
+    agreement_panel(rows, labels, "overlap", axes[1])
+    if not is_narrow(width):
+        axes[1].set_yticklabels([])
     return figure
 
 
@@ -98,11 +103,8 @@ def steps_map(steps: pd.DataFrame, ax: Axes | None = None) -> Axes:
         one, two = int(row["step"]), int(row["other"])
         grid.loc[(one, two) if row["same_item"] else (two, one)] = row["spearman"]
     names = ["first\ntoken" if one == 0 else f"object {one}" for one in known]
-    seaborn.heatmap(
-        grid, ax=ax, cmap=MAP, vmin=0, vmax=1, annot=True, fmt=".2f", annot_kws={"fontsize": 7.5}, linewidths=0.6,
-        linecolor="white", square=True, cbar_kws={"label": "rank correlation (chance 0)", "shrink": 0.8, "pad": 0.02},
-    )  # fmt: skip
-    ax.tick_params(length=0)
+    notes = grid.map(lambda one: number(one, 2))
+    heat_map(grid, ax, 0, 1, notes=notes, square=True, label="rank correlation (chance 0)", shrink=0.8)
     ax.set_xticklabels(names, rotation=90)
     ax.set_yticklabels(names, rotation=0)
     ax.set_title("above: same caption; below: others", fontsize=8.5, fontweight="normal")
@@ -155,15 +157,10 @@ def contrast_maps(tables: Tables, width: float) -> Figure | None:
     if table is None:
         return None
     names = list(dict.fromkeys(table["contrast"]))
-    narrow = is_narrow(width)
-    columns = 1 if narrow else min(2, len(names))
-    rows = -(-len(names) // columns)
-    n_layers = table["layer"].nunique()
-    figure = new_figure(width, rows * min(0.95 + 0.27 * n_layers, 5.0))
-    for place, name in enumerate(names):
-        ax = figure.add_subplot(rows, columns, place + 1)
-        heads.head_map(table[table["contrast"] == name].reset_index(drop=True), ax)
-        ax.set_title(f"image {name}")
+    figure, axes = panel_grid(width, len(names), min(0.95 + 0.27 * table["layer"].nunique(), 5.0), columns=2, extra=0)
+    for ax, name in zip(axes, names, strict=True):
+        heads.head_map(table[table["contrast"] == name].reset_index(drop=True), ax).set_title(f"image {name}")
+    outer_labels(axes)
     return figure
 
 
@@ -231,13 +228,10 @@ def outliers(tables: Tables, width: float) -> Figure | None:
     if table is None:
         return None
     names = list(dict.fromkeys(table["contrast"]))
-    columns = 1 if is_narrow(width) else min(2, len(names))
-    rows = -(-len(names) // columns)
-    figure = new_figure(width, 2.0 * rows)
-    for place, name in enumerate(names):
-        ax = figure.add_subplot(rows, columns, place + 1)
-        outlier_rows(table[table["contrast"] == name], ax)
-        ax.set_title(f"image {name}")
+    figure, axes = panel_grid(width, len(names), 2.0, columns=2, extra=0)
+    for ax, name in zip(axes, names, strict=True):
+        outlier_rows(table[table["contrast"] == name], ax).set_title(f"image {name}")
+    outer_labels(axes)
     return figure
 
 

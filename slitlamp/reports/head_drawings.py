@@ -9,26 +9,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from slitlamp.reports import head_areas, head_consistency, head_prior, heads, summaries
-from slitlamp.reports.draw import is_narrow, legend_below
+from slitlamp.reports.draw import is_narrow, own_legend
 from slitlamp.reports.drawing import Drawing, Tables
 from slitlamp.reports.style import new_figure, styled
 
 
-def _head_map(tables: Tables, width: float) -> Figure | None:
-    return _one(tables, width, heads.head_map)
+def _one(draw: Callable[..., Axes]) -> Callable[[Tables, float], Figure | None]:
+    """A figure of one panel of all heads."""
 
+    def figure_of(tables: Tables, width: float) -> Figure | None:
+        if "heads" not in tables:
+            return None
+        figure = new_figure(width, 3.2)
+        draw(tables["heads"], figure.add_subplot())
+        return figure
 
-def _head_intervals(tables: Tables, width: float) -> Figure | None:
-    return _one(tables, width, heads.head_intervals)
-
-
-@styled
-def _one(tables: Tables, width: float, draw: Callable[..., Axes]) -> Figure | None:
-    if "heads" not in tables:
-        return None
-    figure = new_figure(width, 3.2)
-    draw(tables["heads"], figure.add_subplot())
-    return figure
+    return figure_of
 
 
 @styled
@@ -40,7 +36,7 @@ def _t_vhd_histogram(tables: Tables, width: float) -> Figure | None:
     figure = new_figure(width, 4.0 if is_narrow(width) else 3.6)
     labelled = tokens[tokens["label"] != ""]
     ax = heads.t_vhd_histogram(labelled, column, means[means["k"] == k], figure.add_subplot())
-    legend_below(figure, ax.get_legend_handles_labels()[0])
+    own_legend(figure, [ax])
     return figure
 
 
@@ -60,7 +56,7 @@ FIGURES: Final = {
     "head_map": Drawing(
         "Which heads read the image",
         lambda tables: f"{_measured(tables)}. Rings: heads that reinforcement would pick in at least half of them.",
-        _head_map,
+        _one(heads.head_map),
     ),
     "head_intervals": Drawing(
         "Every head with its interval",
@@ -68,7 +64,7 @@ FIGURES: Final = {
             f"{_measured(tables)}, with its bootstrap interval. Filled: heads that reinforcement would pick in at least half of "
             "them; dashed: the median of the layer."
         ),
-        _head_intervals,
+        _one(heads.head_intervals),
     ),
     "t_vhd_histogram": Drawing(
         "T-VHD by kind of word",

@@ -10,9 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from slitlamp.reports import findings
-from slitlamp.reports.conditions import need
 from slitlamp.reports.data import RunData
-from slitlamp.reports.draw import category_axis, condition_handles, is_narrow, legend_below
+from slitlamp.reports.draw import (
+    Names,
+    Styles,
+    band,
+    category_axis,
+    condition_handles,
+    legend_below,
+    need,
+    panel_grid,
+    styles_and_names,
+)
 from slitlamp.reports.metrics import metric
 from slitlamp.reports.style import BLUE, GREY, INK, ORANGE, ConditionStyle, axes_or_new, new_figure, styled
 
@@ -76,7 +85,7 @@ def layer_scores(data: RunData) -> pd.DataFrame | None:
 
 
 @styled
-def layer_curve(table: pd.DataFrame, name: str, ax: Axes | None = None) -> Axes:
+def reinforcement_curve(table: pd.DataFrame, name: str, ax: Axes | None = None) -> Axes:
     """One score against the number of last layers reinforced, the method and its controls, with bands of intervals.
 
     Args:
@@ -94,7 +103,7 @@ def layer_curve(table: pd.DataFrame, name: str, ax: Axes | None = None) -> Axes:
         x = own["n_layers"].to_numpy(dtype=float)
         low, high = (own[end].to_numpy(dtype=float) for end in ("low", "high"))
         if not control:
-            ax.fill_between(x, low, high, color=look.colour, alpha=0.18, linewidth=0, label="_band")
+            band(ax, x, low, high, look.colour, label="_band")
         ax.plot(
             x, own["value"].to_numpy(dtype=float), color=look.colour, marker=look.marker, markerfacecolor=look.face,
             linestyle=look.line, label=f"_{control or 'method'}",
@@ -116,11 +125,9 @@ def reinforced_layers(data: RunData, width: float) -> Figure | None:
     if table is None:
         return None
     shown = [name for name in METRICS if (table["metric"] == name).any()]
-    narrow = is_narrow(width)
-    figure = new_figure(width, 2.6 * len(shown) + 0.7 if narrow else 3.4)
-    axes = figure.subplots(len(shown) if narrow else 1, 1 if narrow else len(shown), squeeze=False).ravel()
+    figure, axes = panel_grid(width, len(shown), 2.6, extra=0.8)
     for ax, name in zip(axes, shown, strict=True):
-        layer_curve(table, name, ax)
+        reinforcement_curve(table, name, ax)
     names = {**{one: f"control: {one}" for one in _controls(table)}, **NAMES}
     looks = {one: LOOKS.get(one, LOOKS["random"]) for one in _controls(table)}
     legend_below(figure, condition_handles(_controls(table), looks, names, lines=True))
@@ -159,35 +166,62 @@ def generation_times(data: RunData) -> pd.DataFrame | None:
 
 
 @styled
-def generation_time(data: RunData, width: float) -> Figure | None:
-    """Time of generation by condition, as bars with their ratio to the reference; None without timings of two conditions."""
-    table = generation_times(data)
-    if table is None:
-        return None
-    figure = new_figure(width, 0.9 + 0.3 * len(table))
-    ax = figure.add_subplot()
+def time_bars(
+    table: pd.DataFrame, ax: Axes | None = None, *, styles: Styles | None = None, names: Names | None = None
+) -> Axes:
+    """Time of generation by condition, as bars with their ratio to the reference, which is the first.
+
+    Args:
+        table: columns condition, seconds, ratio (and image_tokens).
+        ax: where to draw; a new figure if None.
+        styles: look of each condition.
+        names: short names of conditions.
+    """
+    need(table, "condition", "seconds", "ratio")
+    styles, names = styles_and_names(table["condition"], styles, names)
+    ax = axes_or_new(ax, height=0.9 + 0.3 * len(table))
     for place, row in enumerate(table.to_dict("records")):
-        look = data.styles[str(row["condition"])]
+        look = styles[str(row["condition"])]
         ax.barh(
             place, row["seconds"], height=0.62, facecolor=look.colour if look.filled else "white", edgecolor=look.colour,
-            hatch="" if look.filled else "////", linewidth=1.0,
+            hatch="" if look.filled else "////", linewidth=1.0, label="_time",
         )  # fmt: skip
-        tokens = f", {row['image_tokens']:.0f} image tokens" if "image_tokens" in row else ""
+        tokens = f", {row['image_tokens']:.0f} tokens" if "image_tokens" in row else ""
         ax.annotate(
             f"×{row['ratio']:.2f}{tokens}", (row["seconds"], place), xytext=(4, 0), textcoords="offset points", va="center",
             fontsize=8,
         )  # fmt: skip
-    category_axis(ax, [data.short[str(name)] for name in table["condition"]])
-    ax.set_xlim(0, float(table["seconds"].max()) * (1.7 if "image_tokens" in table else 1.18))
+    category_axis(ax, [names.get(str(name), str(name)) for name in table["condition"]])
+    # The ratio stands right of the longest bar: about .07 inches a letter, of an axis of about half of the figure.
+    letters = 17 if "image_tokens" in table else 6
+    room = min(0.7, 0.07 * letters / (0.52 * ax.figure.get_figwidth()))  # type: ignore[union-attr]
+    ax.set_xlim(0, float(table["seconds"].max()) / (1 - room))
     ax.set_xlabel("generation, seconds in all")
+    return ax
+
+
+@styled
+def generation_time(data: RunData, width: float) -> Figure | None:
+    """Time of generation by condition; None without timings of two conditions."""
+    table = generation_times(data)
+    if table is None:
+        return None
+    figure = new_figure(width, 0.9 + 0.3 * len(table))
+    time_bars(table, figure.add_subplot(), styles=data.styles, names=data.short)
     return figure
 
 
 def generation_time_note(data: RunData) -> str:
     """The caption of `generation_time`."""
     device = str(data.environment.get("device", "this machine"))
+    table = generation_times(data)
+    tokens = (
+        ", and beside it the mean number of image tokens that were left"
+        if table is not None and "image_tokens" in table
+        else ""
+    )
     return (
         f"Wall-clock time of generation over all data sets of the run, on {device}, once and so without an interval; what "
-        f"else the machine did counts too. The number is the ratio to {data.reference!r}. Longer captions take longer: "
+        f"else the machine did counts too. The number is the ratio to {data.reference!r}{tokens}. Longer captions take longer: "
         "compare their mean length."
     )

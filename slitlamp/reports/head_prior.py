@@ -6,8 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from slitlamp.reports.conditions import need
-from slitlamp.reports.draw import category_axis, interval_point, is_narrow
+from slitlamp.reports.draw import band, category_axis, interval_point, is_narrow, need
 from slitlamp.reports.drawing import Tables
 from slitlamp.reports.style import (
     BLUE,
@@ -67,9 +66,7 @@ def prior_by_place(places: pd.DataFrame, value: str, label: str, ax: Axes | None
     need(places, "first", "last", value, f"{value}_low", f"{value}_high")
     ax = axes_or_new(ax, height=2.4)
     middle = (places["first"] + places["last"]) / 2 + 1
-    ax.fill_between(
-        middle, places[f"{value}_low"].astype(float), places[f"{value}_high"].astype(float), color=BLUE, alpha=0.2, lw=0
-    )
+    band(ax, middle, places[f"{value}_low"], places[f"{value}_high"], BLUE)
     ax.plot(middle, places[value], color=BLUE, marker="o", markersize=3.5, label="_value")
     if value == "same":
         ax.plot(middle, places["same_chance"], color=GREY, linestyle=(0, (2, 1)), linewidth=1.2, label="_chance")

@@ -7,20 +7,20 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.ticker import MaxNLocator
 
-from slitlamp.reports.conditions import need
+from slitlamp.reports.draw import heat_map, need
 from slitlamp.reports.style import (
     BLUE,
     GREY,
     INK,
-    MAP,
     TOKEN_COLOURS,
     TOKEN_HATCHES,
     TOKEN_LABELS,
     TOKEN_LINES,
+    TOKEN_MARKERS,
     TOKEN_NAMES,
     axes_or_new,
     styled,
@@ -44,18 +44,15 @@ def head_map(heads: pd.DataFrame, ax: Axes | None = None) -> Axes:
     grid = heads.pivot(index="layer", columns="head", values="vhd").sort_index().sort_index(axis=1)
     ax = axes_or_new(ax, height=1.0 + 0.32 * len(grid))
     annotate = grid.size <= MAX_ANNOTATED
-    seaborn.heatmap(
-        grid.astype(float), ax=ax, cmap=MAP, vmin=0, annot=annotate, fmt=".1f", annot_kws={"fontsize": 7.5},
-        linewidths=0.6 if annotate else 0, linecolor="white",
-        cbar_kws={"label": "VHD (L2 distance)", "shrink": 0.9, "pad": 0.02},
-    )  # fmt: skip
+    notes = grid.map("{:.1f}".format) if annotate else None
+    heat_map(
+        grid, ax, 0, float(grid.max(axis=None)), notes=notes, lines=annotate, label="VHD (L2 distance)", shrink=0.9
+    )
     high = heads[picked(heads)]
     columns, rows = list(grid.columns), list(grid.index)
     x = np.array([columns.index(head) for head in high["head"]]) + (0.86 if annotate else 0.5)
     y = np.array([rows.index(layer) for layer in high["layer"]]) + (0.18 if annotate else 0.5)
     ax.scatter(x, y, s=16 if annotate else 10, c="white", edgecolors="black", linewidths=0.9, label="_picked", zorder=4)
-    ax.tick_params(length=0)
-    ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
     ax.set_xlabel("head")
     ax.set_ylabel("layer")
     return ax
@@ -136,7 +133,7 @@ def t_vhd_histogram(
         share = np.histogram(values, edges)[0] / len(values)
         top = max(top, float(share.max()))
         ax.stairs(
-            share, edges, fill=True, facecolor=(*_rgb(TOKEN_COLOURS[label]), 0.14), edgecolor=TOKEN_COLOURS[label],
+            share, edges, fill=True, facecolor=to_rgba(TOKEN_COLOURS[label], 0.14), edgecolor=TOKEN_COLOURS[label],
             hatch=TOKEN_HATCHES[label], linewidth=0, label="_fill",
         )  # fmt: skip
         ax.stairs(
@@ -150,15 +147,9 @@ def t_vhd_histogram(
             continue
         ax.plot([row["low"], row["high"]], [height] * 2, color=TOKEN_COLOURS[label], linewidth=2.2, label="_interval")
         ax.plot(
-            row["mean"], height, marker="|", markersize=9, markeredgewidth=2, color=TOKEN_COLOURS[label], label="_mean"
+            row["mean"], height, marker=TOKEN_MARKERS[label], markersize=5, color=TOKEN_COLOURS[label], label="_mean"
         )
     ax.set_ylim(0, (top or 1.0) * (1.15 + 0.07 * len(rows)))
     ax.set_xlabel(f"T-VHD of the {unit} (L2 distances)")
     ax.set_ylabel(f"share of the {unit}s of its kind")
     return ax
-
-
-def _rgb(colour: str) -> tuple[float, float, float]:
-    from matplotlib.colors import to_rgb
-
-    return to_rgb(colour)

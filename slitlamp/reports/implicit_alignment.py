@@ -5,15 +5,30 @@ from __future__ import annotations
 from typing import Final
 
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from slitlamp.reports import implicit_alignment_panels as panels
-from slitlamp.reports.draw import is_narrow, legend_below, reference_line
+from slitlamp.reports.draw import (
+    is_narrow,
+    layer_axis,
+    outer_labels,
+    own_legend,
+    panel_grid,
+    reference_line,
+)
 from slitlamp.reports.drawing import Drawing, Tables
 from slitlamp.reports.implicit_alignment_compare import FIGURES as COMPARED
-from slitlamp.reports.implicit_alignment_panels import DOTTED, KL, MODALITIES, PAIRS, TAPS, VARIANTS, Look
+from slitlamp.reports.implicit_alignment_panels import (
+    CONTROL_LINES,
+    DOTTED,
+    KL,
+    MODALITIES,
+    PAIRS,
+    TAPS,
+    VARIANTS,
+    Look,
+)
 from slitlamp.reports.style import BLUE, INK, ORANGE, PURPLE, SKY, VERMILLION, new_figure, styled
 
 REDUCTIONS: Final = {
@@ -26,33 +41,14 @@ REDUCTIONS: Final = {
 }
 
 
-def _legend(figure: Figure, axes: list[Axes]) -> None:
-    """The curves of all panels under the figure, each once."""
-    entries: dict[str, Artist] = {}
-    for ax in axes:
-        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
-            if not name.startswith("_"):
-                entries.setdefault(name, handle)
-    legend_below(figure, list(entries.values()))
-
-
 def _title_size(width: float) -> float:
     """Of the titles of panels that stay side by side where it is narrow."""
     return 8.0 if is_narrow(width) else 9.5
 
 
-@styled
-def _grid(
-    width: float, n_panels: int, height: float, columns: int, *, sharey: bool = False
-) -> tuple[Figure, list[Axes]]:
-    """Panels in rows of `columns`; where it is narrow, below each other (two in a row from six panels on)."""
-    across = columns if not is_narrow(width) else (2 if n_panels >= 6 else 1)
-    down = -(-n_panels // across)
-    figure = new_figure(width, height * down + 0.5)
-    axes = figure.subplots(down, across, sharey=sharey, squeeze=False).ravel().tolist()
-    for ax in axes[n_panels:]:
-        ax.remove()
-    return figure, axes[:n_panels]
+def _grid(width: float, n: int, height: float, columns: int, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """Where it is narrow, two panels in a row from six on."""
+    return panel_grid(width, n, height, columns=columns, narrow_columns=2 if n >= 6 else 1, sharey=sharey)
 
 
 @styled
@@ -62,11 +58,11 @@ def _alignment_curves(tables: Tables, width: float) -> Figure | None:
         return None
     figure, axes = _grid(width, 3, 2.5, 3)
     for ax, (variant, title) in zip(axes, VARIANTS.items(), strict=True):
-        panels.curves(ax, table[table["variant"] == variant], "pair", PAIRS, zero=True, spread=True)
+        panels.alignment_curves(table[table["variant"] == variant], "pair", PAIRS, ax, zero=True, spread=True)
+        ax.set(ylim=(-1.05, 1.05), ylabel="cosine similarity")
         ax.set_title(title)
-        ax.set_ylim(-1.05, 1.05)
-    axes[0].set_ylabel("cosine similarity")
-    _legend(figure, axes)
+    outer_labels(axes)
+    own_legend(figure, axes)
     return figure
 
 
@@ -78,10 +74,11 @@ def _matched(tables: Tables, width: float) -> Figure | None:
     figure, axes = _grid(width, 3, 2.4, 3, sharey=True)
     looks = {name: PAIRS[name] for name in ("image-text", "input image-text")}
     for ax, (variant, title) in zip(axes, VARIANTS.items(), strict=True):
-        panels.curves(ax, table[table["variant"] == variant], "pair", looks, zero=True, column="difference")
+        panels.alignment_curves(table[table["variant"] == variant], "pair", looks, ax, zero=True, column="difference")
         ax.set_title(title)
-    axes[0].set_ylabel("own minus other text")
-    _legend(figure, axes)
+        ax.set_ylabel("own minus other text")
+    outer_labels(axes)
+    own_legend(figure, axes)
     return figure
 
 
@@ -94,11 +91,11 @@ def _reductions(tables: Tables, width: float) -> Figure | None:
     pairs = [name for name in PAIRS if (raw["pair"] == name).any()]
     figure, axes = _grid(width, len(pairs), 2.4, max(len(pairs), 1))
     for ax, pair in zip(axes, pairs, strict=True):
-        panels.curves(ax, raw[raw["pair"] == pair], "reduction", REDUCTIONS, zero=True)
+        panels.alignment_curves(raw[raw["pair"] == pair], "reduction", REDUCTIONS, ax, zero=True)
+        ax.set(ylim=(-1.05, 1.05), ylabel="cosine similarity")
         ax.set_title(pair)
-        ax.set_ylim(-1.05, 1.05)
-    axes[0].set_ylabel("cosine similarity")
-    _legend(figure, axes)
+    outer_labels(axes)
+    own_legend(figure, axes)
     return figure
 
 
@@ -115,12 +112,12 @@ def _token_map(tables: Tables, width: float) -> Figure | None:
     for row, (x, y, name) in zip(axes, kinds, strict=True):
         for ax, layer in zip(row, layers, strict=True):
             here = table[table["layer"] == layer]
-            panels.scatter_tokens(ax, here, x, y)
+            panels.scatter_tokens(here, x, y, ax)
             ax.set_title(f"layer {layer}")
             if name == "PCA":
                 ax.set_xlabel(f"{here['explained'].iloc[0]:.0%} of variance", fontsize=8)
         row[0].set_ylabel(name)
-    _legend(figure, list(axes[0]))
+    own_legend(figure, list(axes[0]))
     return figure
 
 
@@ -137,22 +134,22 @@ def _change(tables: Tables, width: float) -> Figure | None:
     for ax, (step, variant) in zip(axes, places, strict=False):
         control = kept[(kept["interval"] == step) & (kept["variant"] == variant)]
         shown = changes[changes["interval"] == step] if variant == "raw" else control
-        panels.curves(ax, shown, "modality", MODALITIES, zero=True)
+        panels.alignment_curves(shown, "modality", MODALITIES, ax, zero=True)
         controls = {
-            name: look._replace(line=DOTTED, marker="", name=f"control: other {name} tokens")
+            name: look._replace(line=CONTROL_LINES[name], marker="", name=f"control: other {name} tokens")
             for name, look in MODALITIES.items()
         }
-        panels.curves(ax, control, "modality", controls, faint=True, column="control")
+        panels.alignment_curves(control, "modality", controls, ax, faint=True, column="control")
         name = "no massive" if variant == "removed" else variant
         ax.set_title(name if len(steps) == 1 else f"{name}, +{step}", fontsize=_title_size(width))
         ax.set_ylim(-0.55, 1.05)
         if variant == "raw":
             ax.set_ylabel(f"cosine with layer + {step}")
-    panels.curves(axes[-1], tables["norms"], "modality", MODALITIES)
+    panels.alignment_curves(tables["norms"], "modality", MODALITIES, axes[-1])
     panels.log_axis(axes[-1])
     axes[-1].set_title("norm")
     axes[-1].set_ylabel("median L2 norm")
-    _legend(figure, axes)
+    own_legend(figure, axes)
     return figure
 
 
@@ -162,16 +159,16 @@ def _kl(tables: Tables, width: float) -> Figure | None:
         return None
     entropy, change = tables["entropy"], tables["vocabulary_change"]
     figure, axes = _grid(width, 3, 2.5, 3)
-    panels.curves(axes[0], tables["kl"], "pair", KL)
+    panels.alignment_curves(tables["kl"], "pair", KL, axes[0])
     axes[0].set_ylim(bottom=0)
     axes[0].set_title("KL, image from text")
     axes[0].set_ylabel("nats")
-    for kind, name, line in (("of a token", "", "-"), ("pooled", ", pooled", (0, (2, 1.2)))):
-        looks = {
-            one: look._replace(line=line, name=f"{look.name}{name}", marker="" if name else look.marker)
-            for one, look in MODALITIES.items()
-        }
-        panels.curves(axes[1], entropy[entropy["kind"] == kind], "modality", looks)
+    pooled = {
+        one: look._replace(line=CONTROL_LINES[one], name=f"{look.name}, pooled", marker="")
+        for one, look in MODALITIES.items()
+    }
+    for kind, looks in (("of a token", MODALITIES), ("pooled", pooled)):
+        panels.alignment_curves(entropy[entropy["kind"] == kind], "modality", looks, axes[1])
     reference_line(axes[1], float(entropy["uniform"].iloc[0]), "uniform", horizontal=True)
     axes[1].set_ylim(0, float(entropy["uniform"].iloc[0]) * 1.12)
     axes[1].set_title("entropy")
@@ -180,10 +177,10 @@ def _kl(tables: Tables, width: float) -> Figure | None:
             one: look._replace(line=look.line if place == 0 else DOTTED, name=f"{look.name}, layer + {step}")
             for one, look in MODALITIES.items()
         }
-        panels.curves(axes[2], change[change["interval"] == step], "modality", looks)
+        panels.alignment_curves(change[change["interval"] == step], "modality", looks, axes[2])
     axes[2].set_ylim(bottom=0)
     axes[2].set_title("KL, to a later layer")
-    _legend(figure, axes)
+    own_legend(figure, axes)
     return figure
 
 
@@ -198,12 +195,10 @@ def _histogram(tables: Tables, width: float) -> Figure | None:
     figure = new_figure(width, 1.75 * len(layers) + 0.5)
     axes = figure.subplots(len(layers), 2, squeeze=False, sharex="row")
     for row, layer in zip(axes, layers, strict=True):
-        for ax, (modality, hatch) in zip(row, (("image", ""), ("text", "////")), strict=True):
+        for ax, modality in zip(row, MODALITIES, strict=True):
             here = table[(table["layer"] == layer) & (table["modality"] == modality)]
-            panels.vocabulary_bars(ax, here, MODALITIES[modality].colour, hatch)
-            ax.set_title(f"{modality}, layer {layer}")
-    for ax in axes[-1]:
-        ax.set_xlabel("share of tokens")
+            panels.vocabulary_bars(here, ax).set_title(f"{modality}, layer {layer}")
+    outer_labels(list(axes.ravel()))
     return figure
 
 
@@ -219,7 +214,7 @@ def _inside(tables: Tables, width: float) -> Figure | None:
     places = [(measured, modality) for measured in ("norm", "change") for modality in MODALITIES]
     for ax, (measured, modality) in zip(axes, places, strict=False):
         rows = table[(table["measure"] == measured) & (table["modality"] == modality)]
-        panels.curves(ax, rows, "tap", TAPS)
+        panels.alignment_curves(rows, "tap", TAPS, ax)
         ax.set_title(f"{'norm' if measured == 'norm' else 'next block'}, {modality}", fontsize=_title_size(width))
         if measured == "norm":
             panels.log_axis(ax)
@@ -227,14 +222,14 @@ def _inside(tables: Tables, width: float) -> Figure | None:
         else:
             ax.set_ylim(-0.3, 1.05)
             ax.set_ylabel("cosine")
-        panels.layer_axis(ax, "block")
+        layer_axis(ax, "block")
     for ax, variant in zip(axes[4:], shown, strict=True):
-        panels.curves(ax, cosines[cosines["variant"] == variant], "tap", TAPS, zero=True)
+        panels.alignment_curves(cosines[cosines["variant"] == variant], "tap", TAPS, ax, zero=True)
         gap = "\n" if is_narrow(width) else " "
         ax.set_title(f"image-text,{gap}{variant}", fontsize=_title_size(width))
         ax.set_ylabel("cosine")
-        panels.layer_axis(ax, "block")
-    _legend(figure, axes)
+        layer_axis(ax, "block")
+    own_legend(figure, axes)
     return figure
 
 

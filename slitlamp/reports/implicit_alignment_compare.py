@@ -9,12 +9,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from slitlamp.reports import implicit_alignment_panels as panels
-from slitlamp.reports.draw import is_narrow, legend_below
+from slitlamp.reports.draw import outer_labels, own_legend, panel_grid
 from slitlamp.reports.drawing import Drawing, Tables
-from slitlamp.reports.implicit_alignment_panels import PAIRS, VARIANTS
-from slitlamp.reports.style import new_figure, short_names, styled
+from slitlamp.reports.implicit_alignment_panels import METRICS, PAIRS, VARIANTS
+from slitlamp.reports.style import short_names, styled
 
-METRICS: Final = {"accuracy": "accuracy", "recall": "recall", "chair_i": "CHAIR i", "chair_s": "CHAIR s"}
 PERFORMANCE: Final = (("accuracy", "pope"), ("recall", "captions"))
 HALLUCINATION: Final = (("chair_i", "captions"), ("chair_s", "captions"))
 """Metrics in the scatters, with the task whose data sets they are shown for."""
@@ -38,19 +37,17 @@ def _across(tables: Tables, width: float) -> Figure | None:
     if table is None:
         return None
     table = table[table["model"] == table["model"].iloc[-1]]
-    figure = new_figure(width, 7.6 if is_narrow(width) else 3.1)
-    axes = figure.subplots(3, 1) if is_narrow(width) else figure.subplots(1, 3)
+    figure, axes = panel_grid(width, 3, 2.4, extra=0.6)
     shown = {name: PAIRS[name]._replace(name=name) for name in ("image-image", "text-text", "image-text")}
     for ax, (variant, title) in zip(axes, VARIANTS.items(), strict=True):
         rows = table[table["variant"] == variant]
         for place, (_, pair) in enumerate(rows.groupby(["dataset", "other"], sort=False)):
             looks = shown if place == 0 else {key: look._replace(name="_again") for key, look in shown.items()}
-            panels.curves(ax, pair, "pair", looks, zero=place == 0, spread=place == 0)
+            panels.alignment_curves(pair, "pair", looks, ax, zero=place == 0, spread=place == 0)
+        ax.set(ylim=(-1.05, 1.05), ylabel="cosine similarity")
         ax.set_title(title)
-        ax.set_ylim(-1.05, 1.05)
-    axes[0].set_ylabel("cosine similarity")
-    handles, names = axes[0].get_legend_handles_labels()
-    legend_below(figure, [one for one, name in zip(handles, names, strict=True) if not name.startswith("_")])
+    outer_labels(axes)
+    own_legend(figure, axes[:1])
     return figure
 
 
@@ -68,13 +65,13 @@ def _checkpoints(tables: Tables, width: float) -> Figure | None:
         ("standardised", "standardised", "value"),
         ("removed", "own minus other text", "difference"),
     )
-    figure = new_figure(width, 8.0 if is_narrow(width) else 3.4)
-    axes = figure.subplots(3, 1) if is_narrow(width) else figure.subplots(1, 3)
+    figure, axes = panel_grid(width, 3, 2.4, extra=0.9)
     for ax, (variant, title, column) in zip(axes, shown, strict=True):
-        panels.curves(ax, table[table["variant"] == variant], "model", looks, zero=True, column=column)
+        panels.alignment_curves(table[table["variant"] == variant], "model", looks, ax, zero=True, column=column)
         ax.set_title(title)
-    axes[0].set_ylabel("image-text cosine")
-    legend_below(figure, axes[0].get_legend_handles_labels()[0][-len(looks) :])
+        ax.set_ylabel("image-text cosine")
+    outer_labels(axes)
+    own_legend(figure, axes[:1])
     return figure
 
 
@@ -96,13 +93,10 @@ def _scatters(tables: Tables, width: float, metrics: Sequence[tuple[str, str]]) 
     table = table[table["dataset"] == table["dataset"].iloc[0]]
     correlations = tables["correlations"]
     chosen = list(table.groupby(["metric", "score_dataset"], sort=False))[:6]
-    columns = 1 if is_narrow(width) else 2
-    rows = -(-len(chosen) // columns)
-    figure = new_figure(width, 2.5 * rows + 0.2)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, axes = panel_grid(width, len(chosen), 2.5, columns=2, extra=0.2)
     names = _model_names(table)
-    for ax, ((metric, dataset), here) in zip(axes, chosen, strict=False):
-        panels.score_scatter(ax, here, names)
+    for ax, ((metric, dataset), here) in zip(axes, chosen, strict=True):
+        panels.score_scatter(here, names, ax)
         found = correlations[
             (correlations["metric"] == metric)
             & (correlations["score_dataset"] == dataset)
@@ -114,9 +108,6 @@ def _scatters(tables: Tables, width: float, metrics: Sequence[tuple[str, str]]) 
         ].iloc[0]
         ax.set_title(f"ρ = {found['r']:.2f} [{found['low']:.2f}, {found['high']:.2f}]", fontsize=8.5)
         ax.set_ylabel(f"{METRICS[str(metric)]}, {str(dataset).rpartition('/')[2]}", fontsize=8)
-        ax.set_xlabel("image-text cosine", fontsize=8.5)
-    for ax in axes[len(chosen) :]:
-        ax.remove()
     return figure
 
 

@@ -11,8 +11,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from slitlamp.reports.draw import reference_line
-from slitlamp.reports.style import BLUE, GREEN, GREY, INK, MAP, ORANGE, PURPLE, SKY, VERMILLION, styled
+from slitlamp.reports.draw import band, layer_axis, need, reference_line
+from slitlamp.reports.style import BLUE, GREEN, GREY, INK, MAP, ORANGE, PURPLE, SKY, VERMILLION, axes_or_new, styled
 
 
 class Look(NamedTuple):
@@ -51,17 +51,15 @@ KL: Final = {
     "image halves": Look(BLUE, DOTTED, "s", "control: image halves"),
     "text halves": Look(GREEN, MIXED, "D", "control: text halves"),
 }
+CONTROL_LINES: Final[dict[str, Any]] = {"image": DOTTED, "text": (0, (3, 1.5))}
+"""Of what stands beside a modality without markers."""
+HATCHES: Final = {"image": "", "text": "////"}
+METRICS: Final = {"accuracy": "accuracy", "recall": "recall", "chair_i": "CHAIR_i", "chair_s": "CHAIR_s"}
 VARIANTS: Final = {
     "raw": "raw",
     "removed": "no massive dimensions",
     "standardised": "standardised",
 }
-
-
-def layer_axis(ax: Axes, label: str = "layer") -> None:
-    """Whole layers below."""
-    ax.set_xlabel(label)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
 
 
 def log_axis(ax: Axes) -> None:
@@ -73,24 +71,33 @@ def log_axis(ax: Axes) -> None:
 
 
 @styled
-def curve(
-    ax: Axes,
+def alignment_curve(
     rows: pd.DataFrame,
     look: Look,
+    ax: Axes | None = None,
     *,
     column: str = "value",
     spread: bool = False,
     faint: bool = False,
 ) -> Axes:
-    """One column over the layers with its interval; with `spread`, also plus and minus one standard deviation of the grid."""
+    """One column over the layers with its interval; with `spread`, also plus and minus one standard deviation of the grid.
+
+    Args:
+        rows: columns layer, `column`, its interval (low and high of "value", else `column`_low and `column`_high), and sd.
+        look: of the curve.
+        ax: where to draw; a new figure if None.
+        column: which one.
+        spread: whether to draw the band of the standard deviation.
+        faint: thinner, for controls.
+    """
     low, high = ("low", "high") if column == "value" else (f"{column}_low", f"{column}_high")
+    need(rows, "layer", column, low, high)
+    ax = axes_or_new(ax)
     rows = rows.sort_values("layer")
     x = rows["layer"].to_numpy(dtype=float)
     if spread and "sd" in rows:
-        ax.fill_between(
-            x, rows[column] - rows["sd"], rows[column] + rows["sd"], color=look.colour, alpha=0.10, linewidth=0
-        )
-    ax.fill_between(x, rows[low], rows[high], color=look.colour, alpha=0.30, linewidth=0)
+        band(ax, x, rows[column] - rows["sd"], rows[column] + rows["sd"], look.colour, alpha=0.10, label="_spread")
+    band(ax, x, rows[low], rows[high], look.colour, alpha=0.30)
     ax.plot(
         x,
         rows[column],
@@ -106,30 +113,49 @@ def curve(
 
 
 @styled
-def curves(
-    ax: Axes,
+def alignment_curves(
     table: pd.DataFrame,
     by: str,
     looks: Mapping[str, Look],
+    ax: Axes | None = None,
     *,
     zero: bool = False,
     column: str = "value",
     spread: bool = False,
     faint: bool = False,
 ) -> Axes:
-    """A curve for each value of a column that has a look."""
+    """A curve for each value of a column that has a look.
+
+    Args:
+        table: columns `by` and those of `alignment_curve`.
+        by: which column.
+        looks: by its values.
+        ax: where to draw; a new figure if None.
+        zero: whether to draw the line of zero.
+        column, spread, faint: as in `alignment_curve`.
+    """
+    need(table, by, "layer")
+    ax = axes_or_new(ax)
     if zero:
         reference_line(ax, 0.0, horizontal=True)
     for name, look in looks.items():
         rows = table[table[by] == name]
         if len(rows):
-            curve(ax, rows, look, column=column, spread=spread, faint=faint)
+            alignment_curve(rows, look, ax, column=column, spread=spread, faint=faint)
     return ax
 
 
 @styled
-def scatter_tokens(ax: Axes, points: pd.DataFrame, x: str, y: str) -> Axes:
-    """Tokens of both modalities in two dimensions; the axes have no scale."""
+def scatter_tokens(points: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
+    """Tokens of both modalities in two dimensions; the axes have no scale.
+
+    Args:
+        points: columns modality, `x`, `y` (and layer, for the title, if all points are of one).
+        x, y: which columns.
+        ax: where to draw; a new figure if None.
+    """
+    need(points, "modality", x, y)
+    ax = axes_or_new(ax, width=3.0, height=3.0)
     for name, look in MODALITIES.items():
         rows = points[points["modality"] == name]
         ax.scatter(
@@ -145,12 +171,23 @@ def scatter_tokens(ax: Axes, points: pd.DataFrame, x: str, y: str) -> Axes:
         )
     ax.set_xticks([])
     ax.set_yticks([])
+    if "layer" in points and points["layer"].nunique() == 1:
+        ax.set_title(f"layer {int(points['layer'].iloc[0])}")
     return ax
 
 
 @styled
-def vocabulary_bars(ax: Axes, rows: pd.DataFrame, colour: str, hatch: str) -> Axes:
-    """The most frequent ids and the share of tokens that are read as them."""
+def vocabulary_bars(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """The most frequent words and the share of tokens that are read as them.
+
+    Args:
+        rows: of one modality and layer: columns modality, rank, token, value, low, high.
+        ax: where to draw; a new figure if None.
+    """
+    need(rows, "modality", "rank", "token", "value", "low", "high")
+    ax = axes_or_new(ax, height=0.6 + 0.2 * len(rows))
+    modality = str(rows["modality"].iloc[0])
+    colour, hatch = MODALITIES[modality].colour, HATCHES[modality]
     rows = rows.sort_values("rank")
     place = np.arange(len(rows))
     value = rows["value"].to_numpy()
@@ -163,6 +200,7 @@ def vocabulary_bars(ax: Axes, rows: pd.DataFrame, colour: str, hatch: str) -> Ax
     ax.tick_params(axis="y", length=0)
     ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    ax.set_xlabel("share of tokens")
     return ax
 
 
@@ -176,8 +214,16 @@ def model_looks(models: Sequence[str], names: Sequence[str]) -> dict[str, Look]:
 
 
 @styled
-def score_scatter(ax: Axes, rows: pd.DataFrame, names: Mapping[str, str]) -> Axes:
-    """A score of every model against its alignment, with intervals in both directions; models joined in their order."""
+def score_scatter(rows: pd.DataFrame, names: Mapping[str, str], ax: Axes | None = None) -> Axes:
+    """A score of every model against its alignment, with intervals in both directions; models joined in their order.
+
+    Args:
+        rows: one row per model: columns model, order, value, low, high (alignment), score, score_low, score_high, metric.
+        names: short names of the models.
+        ax: where to draw; a new figure if None.
+    """
+    need(rows, "model", "order", "value", "low", "high", "score", "score_low", "score_high", "metric")
+    ax = axes_or_new(ax)
     rows = rows.sort_values("order")
     x, y = rows["value"].to_numpy(), rows["score"].to_numpy()
     bars = [
@@ -197,4 +243,6 @@ def score_scatter(ax: Axes, rows: pd.DataFrame, names: Mapping[str, str]) -> Axe
             fontsize=7.5,
         )
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    ax.set_xlabel("image-text cosine")
+    ax.set_ylabel(METRICS.get(str(rows["metric"].iloc[0]), str(rows["metric"].iloc[0])))
     return ax

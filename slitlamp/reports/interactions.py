@@ -12,9 +12,10 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from slitlamp.errors import InputError
 from slitlamp.reports import findings, notes
 from slitlamp.reports.data import RunData
-from slitlamp.reports.draw import Names, is_narrow, legend_below
+from slitlamp.reports.draw import Names, is_narrow, legend_below, panel_grid
 from slitlamp.reports.metrics import Metric, metric, split_name
 from slitlamp.reports.style import (
     BLUE,
@@ -23,7 +24,6 @@ from slitlamp.reports.style import (
     VERMILLION,
     axes_or_new,
     contrast_ink,
-    new_figure,
     short_names,
     styled,
 )
@@ -33,6 +33,9 @@ DIVERGING: Final = LinearSegmentedColormap.from_list("slitlamp_diverging", [VERM
 """Worse, no difference, better: told apart by all kinds of colour vision; in grey, by the signs that are written in."""
 Pairs = Mapping[tuple[str, str], Estimate]
 _HATCH: Final = "////"
+_SIGNS: Final = {-1: "\N{MINUS SIGN}", 0: "0", 1: "+"}
+SMALLEST: Final = 7.0
+"""Points: the smallest letters of a figure."""
 
 
 class Matrix(NamedTuple):
@@ -106,7 +109,8 @@ def interaction_panel(
     """A matrix of treatments: effects alone on the diagonal, of pairs below it, interactions above it.
 
     Blue is better and red worse, by the sign of the number and what is better in this metric; the scale is the same on both
-    sides of zero. A number in bold with a star has an interval that excludes zero; hatched cells are pairs that were refused.
+    sides of zero. Where cells are too small for numbers, they hold the sign
+    alone. A number in bold with a star has an interval that excludes zero; hatched cells are pairs that were refused.
 
     Args:
         order: the treatments.
@@ -119,6 +123,8 @@ def interaction_panel(
         names: short names of treatments.
         title: title of the panel; the name of the metric if empty.
     """
+    if not order:
+        raise InputError("this figure needs at least one treatment; `order` is empty")
     info = metric(measure) if isinstance(measure, str) else measure
     names, refused = names or short_names(order), refused or set()
     ax = axes_or_new(ax, height=1.0 + 0.34 * len(order))
@@ -132,9 +138,10 @@ def interaction_panel(
     limit = max(known, default=0.0) or 1.0
     scale, sign = Normalize(-limit, limit), -1 if info.better == "lower" else 1
     wide = ax.bbox.width / ax.figure.dpi / len(order)  # inches
-    digits = 3 if wide > 0.5 else 2
-    # A signed number with a star takes about as many letters as it has digits and three, each two thirds as wide as high.
-    size = float(np.clip(72 * wide / (0.68 * (digits + 3)), 4.5, 8.0))
+    # A signed number with a star takes about as many letters as it has digits and three, each two thirds as wide as high;
+    # where that would be smaller than can be read, the sign stands alone.
+    digits = next((n for n in (3, 2) if 72 * wide / (0.68 * (n + 3)) >= SMALLEST), 0)
+    size = float(np.clip(72 * wide / (0.68 * (digits + 3)), SMALLEST, 8.0))
     for (row, column), one in cells.items():
         colour = DIVERGING(scale(sign * one.value)) if one.defined else (1.0, 1.0, 1.0, 1.0)
         gone = row != column and (order[min(row, column)], order[max(row, column)]) in refused
@@ -146,8 +153,9 @@ def interaction_panel(
         )  # fmt: skip
         if one.defined:
             clear = one.excludes(0.0)
+            said = number(one.value, digits, signed=True) if digits else _SIGNS[int(np.sign(one.value))]
             ax.text(
-                column + 0.5, row + 0.5, number(one.value, digits, signed=True) + ("*" if clear else ""), ha="center",
+                column + 0.5, row + 0.5, said + ("*" if clear else ""), ha="center",
                 va="center", fontsize=size, color=contrast_ink(colour), fontweight="bold" if clear else "normal", label="_number",
             )  # fmt: skip
     for i in range(len(order)):
@@ -160,8 +168,7 @@ def interaction_panel(
     )
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
-    for side in ax.spines.values():
-        side.set_visible(False)
+    ax.spines[:].set_visible(False)
     ax.set_title(title or info.label, pad=6)
     return ax
 
@@ -173,8 +180,7 @@ def interaction_matrix(data: RunData, width: float) -> Figure | None:
     if not found:
         return None
     tall = 0.75 + (0.27 if is_narrow(width) else 0.31) * len(order)
-    figure = new_figure(width, tall * len(found) + 0.5)
-    axes = figure.subplots(len(found), 1, squeeze=False)[:, 0]
+    figure, axes = panel_grid(width, len(found), tall, columns=1)
     for ax, one in zip(axes, found, strict=True):
         interaction_panel(
             order,

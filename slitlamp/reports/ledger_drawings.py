@@ -13,8 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
-from slitlamp.reports.conditions import need
-from slitlamp.reports.draw import category_axis, interval_point, reference_line
+from slitlamp.reports.draw import category_axis, interval_point, need, reference_line
 from slitlamp.reports.style import (
     BLUE,
     GREEN,
@@ -28,6 +27,8 @@ from slitlamp.reports.style import (
     VERMILLION,
     ConditionStyle,
     axes_or_new,
+    condition_styles,
+    short_names,
     styled,
 )
 from slitlamp.reports.wording import Estimate, number
@@ -150,7 +151,9 @@ def family_handles(rows: pd.DataFrame) -> list[Line2D]:
 
 
 @styled
-def roc_panel(ledger: pd.DataFrame, rows: pd.DataFrame, ax: Axes | None = None, *, rate: float | None = None) -> Axes:
+def signal_roc_panel(
+    ledger: pd.DataFrame, rows: pd.DataFrame, ax: Axes | None = None, *, rate: float | None = None
+) -> Axes:
     """ROC curves over a logarithmic false positive rate, so that the low rates at which a detector is used can be seen.
 
     Args:
@@ -201,6 +204,40 @@ def roc_panel(ledger: pd.DataFrame, rows: pd.DataFrame, ax: Axes | None = None, 
 
 
 @styled
+def comparison_panel(rankings: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """AUROC of every signal in several parts of a run (models, conditions, data sets), with intervals; dashed: chance.
+
+    Signals are in the order of their mean AUROC, the random number last.
+
+    Args:
+        rankings: columns part, signal, title, family, auroc, low, high; rows without a number are left out.
+        ax: where to draw; a new figure if None.
+    """
+    need(rankings, "part", "signal", "title", "family", "auroc", "low", "high")
+    known = rankings[rankings["auroc"].notna()]
+    means = known.groupby("signal")["auroc"].mean().sort_values(ascending=False)
+    null = set(known.loc[known["family"] == "null", "signal"])
+    order = sorted(means.index, key=lambda name: name in null)
+    titles = dict(zip(known["signal"], known["title"], strict=True))
+    parts = [str(one) for one in dict.fromkeys(rankings["part"])]
+    looks, short = condition_styles(parts, dict.fromkeys(parts, "treatment")), short_names(parts, 34)
+    ax = axes_or_new(ax, height=1.3 + 0.3 * len(order))
+    step = 0.7 / len(parts)
+    for row in known.to_dict("records"):
+        offset = (parts.index(str(row["part"])) - (len(parts) - 1) / 2) * step
+        interval_point(ax, order.index(row["signal"]) + offset, Estimate.of(row, "auroc"), looks[str(row["part"])])
+    for part in parts:
+        look = looks[part]
+        ax.plot([], [], linestyle="none", marker=look.marker, color=look.colour, markersize=5.5, label=short[part])
+    for place in range(0, len(order), 2):
+        ax.axhspan(place - 0.5, place + 0.5, color="#f6f6f6", linewidth=0, zorder=0, label="_band")
+    reference_line(ax, 0.5, "chance", kind="chance")
+    category_axis(ax, [titles[name] for name in order])
+    ax.set_xlabel("AUROC, hallucinated or true object", loc="right")
+    return ax
+
+
+@styled
 def class_panel(
     ledger: pd.DataFrame, signal: str, title: str, ax: Axes | None = None, *, note: str = "", bins: int = 18
 ) -> Axes:
@@ -234,6 +271,7 @@ def class_panel(
         ax.stairs(share, edges, color=colour, linestyle=TOKEN_LINES[label], linewidth=1.5, label=f"_{label}")
         ax.plot(
             [np.median(mine)], [0], marker=7, color=colour, markersize=7, clip_on=False,
+            markerfacecolor=colour if label == "object" else "white",
             transform=ax.get_xaxis_transform(), linestyle="none", zorder=5, label="_median",
         )  # fmt: skip
     ax.set_ylim(bottom=0)
@@ -241,6 +279,7 @@ def class_panel(
     ax.yaxis.set_major_locator(MaxNLocator(nbins=3))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, place: number(value, 2)))
     ax.set_title(title)
+    ax.set_ylabel("share of its kind")
     ax.text(1, 1.02, note, transform=ax.transAxes, ha="right", va="bottom", fontsize=8, color=GREY, label="_note")
     return ax
 
@@ -250,4 +289,4 @@ def class_handles() -> list[Line2D]:
     return [
         Line2D([], [], color=TOKEN_COLOURS[label], linestyle=TOKEN_LINES[label], label=name)
         for label, name in (("object", "object in the image"), ("hallucinated", "hallucinated object"))
-    ] + [Line2D([], [], color=GREY, marker=7, linestyle="none", label="median of its kind")]
+    ] + [Line2D([], [], color=GREY, marker=7, linestyle="none", label="median (white: hallucinated)")]

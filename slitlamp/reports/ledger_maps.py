@@ -13,7 +13,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 
-from slitlamp.reports.conditions import need
+from slitlamp.reports.draw import need
 from slitlamp.reports.ledger_drawings import FALSE, oriented
 from slitlamp.reports.style import GREY, MAP, TOKEN_COLOURS, WORDS, axes_or_new, contrast_ink, styled
 from slitlamp.reports.wording import number
@@ -72,18 +72,17 @@ def redundancy_panel(
         value = values[row + 1, column]
         if annotate and clear[row + 1, column]:
             ink = contrast_ink(colours((value + 1) / 2))
-            ax.text(column, row, number(value, 1), ha="center", va="center", fontsize=6.5, color=ink)
+            ax.text(column, row, number(value, 1), ha="center", va="center", fontsize=7, color=ink)
         elif not clear[row + 1, column]:
             ax.plot([column], [row], marker=".", markersize=2, color=GREY, label="_unclear")
     columns, lines = [titles[name] for name in names[:-1]], [titles[name] for name in names[1:]]
     if not annotate:  # no room for every name twice
-        columns = [str(place) for place in range(1, len(names))]
+        columns = [str(place) if place % 2 else "" for place in range(1, len(names))]  # room for every second
         lines = [f"{title}  {place}" for place, title in enumerate(lines, start=2)]
     ax.set_xticks(range(len(names) - 1), columns, rotation=90 if annotate else 0)
     ax.set_yticks(range(len(names) - 1), lines)
     ax.tick_params(length=0, labelsize=8 if annotate else 7)
     if not annotate:
-        ax.tick_params(axis="x", labelsize=5.5)
         ax.set_xlabel(f"1: {titles[names[0]]}", fontsize=7.5, loc="left")
     ax.set_xticks(np.arange(-0.5, len(names) - 1), minor=True)
     ax.set_yticks(np.arange(-0.5, len(names) - 1), minor=True)

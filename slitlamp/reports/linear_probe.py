@@ -9,11 +9,20 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from slitlamp.reports.draw import is_narrow, legend_below, reference_line
+from slitlamp.reports.draw import band, layer_axis, legend_below, need, panel_grid, reference_line
 from slitlamp.reports.drawing import Drawing, Tables
-from slitlamp.reports.style import BLUE, GREEN, INK, ORANGE, PURPLE, VERMILLION, new_figure, short_names, styled
+from slitlamp.reports.style import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    VERMILLION,
+    axes_or_new,
+    short_names,
+    styled,
+)
 
 COLOURS: Final = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE)
 MARKERS: Final = ("o", "s", "D", "^", "P")
@@ -23,13 +32,21 @@ NULL: Final = "95 % of permuted labels"
 
 
 @styled
-def layer_curves(layers: pd.DataFrame, value: str, ax: Axes) -> Axes:
-    """A column against the layer for each class with its interval; beside AUROC control labels and permutations."""
+def probe_curves(layers: pd.DataFrame, value: str, ax: Axes | None = None) -> Axes:
+    """A column against the layer for each class with its interval; beside AUROC control labels and permutations.
+
+    Args:
+        layers: columns layer, positive, `value` with its interval, control, control_low, control_high, null_high.
+        value: "auroc" or "selectivity".
+        ax: where to draw; a new figure if None.
+    """
+    low, high = ("low", "high") if value == "auroc" else (f"{value}_low", f"{value}_high")
+    need(layers, "layer", "positive", value, low, high, "control", "control_low", "control_high", "null_high")
+    ax = axes_or_new(ax)
     for place, (_, rows) in enumerate(layers.groupby("positive", sort=False)):
         colour, marker, line = (kind[place % len(kind)] for kind in (COLOURS, MARKERS, LINES))
         ax.plot(rows["layer"], rows[value], color=colour, marker=marker, linestyle=line, markersize=4.5, label="_curve")
-        low, high = ("low", "high") if value == "auroc" else (f"{value}_low", f"{value}_high")
-        ax.fill_between(rows["layer"], rows[low], rows[high], color=colour, alpha=0.16, linewidth=0)
+        band(ax, rows["layer"], rows[low], rows[high], colour)
         if value == "auroc" and place == 0:
             ax.fill_between(
                 rows["layer"],
@@ -43,8 +60,8 @@ def layer_curves(layers: pd.DataFrame, value: str, ax: Axes) -> Axes:
             ax.plot(rows["layer"], rows["control"], color=INK, linestyle=(0, (1, 1.2)), linewidth=1.1, label="_control")
             ax.plot(rows["layer"], rows["null_high"], color=INK, linestyle=(0, (5, 2)), linewidth=0.9, label="_null")
     reference_line(ax, 0.5 if value == "auroc" else 0.0, "", horizontal=True)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    ax.set_xlabel("layer")
+    layer_axis(ax)
+    ax.set_ylabel("AUROC of left-out images" if value == "auroc" else "selectivity (AUROC - control)")
     return ax
 
 
@@ -54,15 +71,10 @@ def _layers(tables: Tables, width: float) -> Figure | None:
     if layers is None or "selectivity" not in layers:
         return None
     both = bool(layers["selectivity"].notna().any())
-    figure = new_figure(width, (5.2 if both else 3.0) if is_narrow(width) else 3.2)
-    axes = (
-        [figure.add_subplot()]
-        if not both
-        else list(figure.subplots(2, 1) if is_narrow(width) else figure.subplots(1, 2))
-    )
-    layer_curves(layers, "auroc", axes[0]).set_ylabel("AUROC of left-out images")
-    if both:
-        layer_curves(layers, "selectivity", axes[1]).set_ylabel("selectivity (AUROC - control)")
+    values = ["auroc", "selectivity"] if both else ["auroc"]
+    figure, axes = panel_grid(width, len(values), 2.3, extra=0.9)
+    for ax, value in zip(axes, values, strict=True):
+        probe_curves(layers, value, ax)
     legend_below(figure, _handles(layers))
     return figure
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from slitlamp.reports.draw import is_narrow, legend_below, reference_line
+from slitlamp.reports.draw import band, is_narrow, layer_axis, legend_below, need, panel_grid, reference_line
 from slitlamp.reports.drawing import Drawing, Tables
-from slitlamp.reports.style import BLUE, GREY, INK, ORANGE, VERMILLION, new_figure, styled
+from slitlamp.reports.style import BLUE, GREY, INK, ORANGE, VERMILLION, axes_or_new, styled
 
-_KINDS: Final[dict[str, tuple[str, str, Any, str]]] = {
+Looks = dict[str, tuple[str, str, Any, str]]
+_KINDS: Final[Looks] = {
     "all": (INK, "d", "-", "all tokens"),
     "object": (BLUE, "o", "-", "object in the image"),
     "hallucinated": (VERMILLION, "X", (0, (5, 2)), "hallucinated object"),
     "correct": (BLUE, "o", "-", "right answer"),
     "wrong": (VERMILLION, "X", (0, (5, 2)), "wrong answer"),
 }
-_PLACES: Final[dict[str, tuple[str, str, Any, str]]] = {
+_PLACES: Final[Looks] = {
     "inside": (BLUE, "o", "-", "in the object's boxes"),
     "outside": (ORANGE, "D", (0, (5, 2)), "outside of them"),
     "shifted": (GREY, "v", (0, (2, 1.2)), "same shape elsewhere (control)"),
@@ -33,27 +33,30 @@ _IMAGE: Final = {"auroc": "AUROC of the place", "probability": "p(object's name)
 
 @styled
 def lens_panel(
-    rows: pd.DataFrame, column: str, looks: dict[str, tuple[str, str, Any, str]], chance: float, ax: Axes
+    rows: pd.DataFrame, column: str, ax: Axes | None = None, *, looks: Looks | None = None, chance: float = math.nan
 ) -> Axes:
     """A metric by layer for several kinds, with intervals and the chance level.
 
     Args:
-        rows: of one metric: columns layer, value, low, high, and `column`.
-        column: which column tells the kinds apart.
+        rows: of one metric: columns layer, value, low, high, and `column` (and metric, for the label).
+        column: which column tells the kinds apart: "kind" of tokens or "place" on the image.
+        ax: where to draw; a new figure if None.
         looks: by kind, its colour, marker, line and name.
         chance: NaN where there is none.
-        ax: where to draw.
     """
+    need(rows, "layer", "value", "low", "high", column)
+    ax = axes_or_new(ax)
+    looks = looks or (_PLACES if column == "place" else _KINDS)
     reference_line(ax, chance, horizontal=True, kind="chance")
     for kind, (colour, marker, line, _) in looks.items():
         some = rows[rows[column] == kind].sort_values("layer")
         if len(some):
-            ax.fill_between(
-                some["layer"], some["low"], some["high"], color=colour, alpha=0.15, linewidth=0, label="_interval"
-            )
+            band(ax, some["layer"], some["low"], some["high"], colour, alpha=0.15)
             ax.plot(some["layer"], some["value"], color=colour, marker=marker, linestyle=line, label=f"_{kind}")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    layer_axis(ax)
     ax.margins(y=0.08)
+    if "metric" in rows:
+        ax.set_ylabel((_IMAGE if column == "place" else _TEXT).get(str(rows["metric"].iloc[0]), ""))
     return ax
 
 
@@ -61,19 +64,17 @@ def lens_panel(
 def _draw(
     table: pd.DataFrame,
     column: str,
-    looks: dict[str, tuple[str, str, Any, str]],
+    looks: Looks,
     metrics: dict[str, str],
     chances: dict[str, float],
     width: float,
 ) -> Figure:
     narrow = is_narrow(width)
-    figure = new_figure(width, 0.9 + 1.9 * len(metrics) if narrow else 3.1)
-    axes = np.atleast_1d(figure.subplots(*((len(metrics), 1) if narrow else (1, len(metrics))), sharex=True))
-    for number, (ax, (metric, label)) in enumerate(zip(axes, metrics.items(), strict=True)):
-        lens_panel(table[table["metric"] == metric], column, looks, chances.get(metric, float("nan")), ax)
-        ax.set_ylabel(label)
-        if number == len(metrics) - 1 or not narrow:
-            ax.set_xlabel("layer")
+    figure, axes = panel_grid(width, len(metrics), 1.9 if narrow else 2.2, extra=0.9, sharex=True)
+    for ax, metric in zip(axes, metrics, strict=True):
+        lens_panel(table[table["metric"] == metric], column, ax, looks=looks, chance=chances.get(metric, math.nan))
+        if narrow and ax is not axes[-1]:
+            ax.set_xlabel("")
     handles = [
         Line2D([], [], color=colour, marker=marker, linestyle=line, label=name)
         for kind, (colour, marker, line, name) in looks.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from typing import Final
+from typing import Any, Final
 
 import pandas as pd
 
@@ -15,6 +15,8 @@ FIRST: Final = "token_ledger"
 """The probe whose figures come before all others."""
 _DRAWN_ELSEWHERE: Final = {"head_divergence": {"head_map", "head_intervals", "t_vhd_histogram"}}
 """Figures that the report draws itself, together with others."""
+_NAMED: Final = 3
+"""Most parameters that a title names."""
 
 
 def probe_keys(data: RunData) -> list[str]:
@@ -102,6 +104,34 @@ def tables_of(data: RunData, key: str) -> Tables:
     if key not in cache:
         cache[key] = probe_tables(data, key)
     return cache[key]
+
+
+def difference(data: RunData, key: str) -> str:
+    """How a probe differs from the others of its kind in the run, by its parameters; empty where it is the only one."""
+    places, entries = data.environment.get("probes"), data.config.get("probes")
+    if not isinstance(places, dict) or not isinstance(entries, list):
+        return ""
+    given = {one: _entry(entries[place]) for one, place in places.items() if place < len(entries)}
+    kind, mine = given.get(key, ("", {}))
+    others = [parameters for one, (name, parameters) in given.items() if name == kind and one != key]
+    differing = [name for name, value in mine.items() if any(other.get(name) != value for other in others)]
+    return ", ".join(f"{name.replace('_', ' ')}: {_said(mine[name])}" for name in differing[:_NAMED])
+
+
+def _entry(entry: Any) -> tuple[str, dict[str, Any]]:
+    """Name and parameters of a probe in a configuration: `Name`, `{Name: {...}}` or `{name: Name, parameters: {...}}`."""
+    if not isinstance(entry, dict):
+        return str(entry), {}
+    if "name" in entry:
+        return str(entry["name"]), dict(entry.get("parameters") or {})
+    ((name, parameters),) = entry.items()
+    return str(name), dict(parameters or {})
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list):
+        return " and ".join(map(str, value))
+    return "not set" if value is None else str(value).replace("_", " ")
 
 
 def headline(data: RunData) -> list[str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Final
 
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from slitlamp.reports.draw import is_narrow
+from slitlamp.reports.draw import heat_map, is_narrow, need, outer_labels, panel_grid
 from slitlamp.reports.drawing import Drawing, Tables
-from slitlamp.reports.style import MAP, new_figure, short_names, styled
+from slitlamp.reports.style import axes_or_new, short_names, styled
+from slitlamp.reports.wording import number
 
+MAX_ANNOTATED: Final = 64
+"""Largest number of cells whose values are written into the map."""
 NAMES: Final = {
     "cka": "linear CKA", "cka_unbiased": "CKA, unbiased", "svcca": "SVCCA", "procrustes": "Procrustes",
     "mutual_knn": "mutual neighbours",
@@ -20,32 +22,36 @@ NAMES: Final = {
 
 
 @styled
-def similarity_map(rows: pd.DataFrame, ax: Axes, *, both: bool) -> Axes:
-    """Values of one measure, layer against layer; `both` fills the mirror image of a model with itself."""
+def similarity_map(rows: pd.DataFrame, ax: Axes | None = None, *, both: bool = False) -> Axes:
+    """Values of one measure, layer against layer.
+
+    Args:
+        rows: of one measure: columns measure, layer_a, layer_b, value, null.
+        ax: where to draw; a new figure if None.
+        both: whether to fill the mirror image, of a model with itself.
+    """
+    need(rows, "measure", "layer_a", "layer_b", "value", "null")
+    ax = axes_or_new(ax, width=3.2, height=3.0)
     grid = rows.pivot(index="layer_a", columns="layer_b", values="value").astype(float)
     if both:
         grid = grid.combine_first(grid.T).sort_index().sort_index(axis=1)
-    seaborn.heatmap(
-        grid, ax=ax, cmap=MAP, vmin=min(0.0, float(grid.min().min())), vmax=1, annot=grid.size <= 64, fmt=".2f",
-        annot_kws={"fontsize": 6.5}, linewidths=0.5, linecolor="white", cbar=False,
-    )  # fmt: skip
-    ax.tick_params(length=0)
-    ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
+    notes = grid.map(lambda one: number(one, 2)) if grid.size <= MAX_ANNOTATED else None
+    heat_map(grid, ax, min(0.0, float(grid.min(axis=None))), 1, notes=notes)
     null = round(float(rows["null"].mean()), 2) + 0.0  # no minus before a zero
     ax.set_title(f"{NAMES[str(rows['measure'].iloc[0])]}\nrandom {null:.2f}", fontsize=8.5)
+    ax.set_xlabel("layer")
+    ax.set_ylabel("layer")
     return ax
 
 
 def _panels(table: pd.DataFrame, width: float, both: bool, across: str, down: str) -> Figure:
     measures = list(dict.fromkeys(table["measure"]))
-    columns = min(len(measures), 2 if is_narrow(width) else 3)
-    rows = -(-len(measures) // columns)
-    figure = new_figure(width, rows * (2.1 if is_narrow(width) else 2.5) + 0.2)
-    for place, measure in enumerate(measures):
-        ax = figure.add_subplot(rows, columns, place + 1)
-        similarity_map(table[table["measure"] == measure], ax, both=both)
-        ax.set_xlabel(across if place + columns >= len(measures) else "")
-        ax.set_ylabel(down if place % columns == 0 else "")
+    figure, axes = panel_grid(
+        width, len(measures), 2.1 if is_narrow(width) else 2.5, columns=3, narrow_columns=2, extra=0.2
+    )
+    for ax, measure in zip(axes, measures, strict=True):
+        similarity_map(table[table["measure"] == measure], ax, both=both).set(xlabel=across, ylabel=down)
+    outer_labels(axes)
     return figure
 
 

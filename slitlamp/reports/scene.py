@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from slitlamp.errors import InputError
-from slitlamp.reports.conditions import need
-from slitlamp.reports.draw import is_narrow
+from slitlamp.reports.draw import bare, is_narrow, need
 from slitlamp.reports.showcase import Scene
 from slitlamp.reports.style import BLUE, TOKEN_COLOURS, VERMILLION, WIDE, axes_or_new, new_figure, styled
 from slitlamp.reports.wording import number
@@ -32,7 +31,8 @@ def scene_panel(image: Image.Image, ax: Axes | None = None, *, title: str = "") 
     """The image as the model was given it."""
     ax = axes_or_new(ax, width=2.4, height=2.4)
     ax.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
-    return _bare(ax, title)
+    ax.set_title(title, pad=3)
+    return bare(ax)
 
 
 @styled
@@ -57,7 +57,8 @@ def attention_panel(
         Image.fromarray(light.astype(np.float32)).resize(image.size, Image.Resampling.NEAREST), dtype=np.float64
     )
     ax.imshow(pixels * (_DARKEST + (1 - _DARKEST) * light[..., None]), interpolation="nearest", vmin=0, vmax=1)
-    return _bare(ax, title)
+    ax.set_title(title, pad=3)
+    return bare(ax)
 
 
 @styled
@@ -153,7 +154,7 @@ def caption_words(scene: Scene, width: float = WIDE, *, with_words: bool = True)
 @styled
 def _texts(ax: Axes, title: str, note: str, colour: str) -> None:
     """Title over a map and note under it."""
-    _bare(ax, "").set_title(title, color=colour, pad=3)
+    bare(ax).set_title(title, color=colour, pad=3)
     ax.text(0, -0.03, note, transform=ax.transAxes, ha="left", va="top", fontsize=8, linespacing=1.15)
 
 
@@ -170,16 +171,6 @@ def _maps(scene: Scene) -> list[tuple[str, str, NDArray[np.float64], str]]:
             note += f" (others {number(float(other.sum()), 2)})"
         maps.append((f"{row['word']}{' ✗' if wrong else ''}", note, grid, VERMILLION if wrong else BLUE))
     return maps
-
-
-def _bare(ax: Axes, title: str) -> Axes:
-    ax.set_xticks([])
-    ax.set_yticks([])
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    if title:
-        ax.set_title(title, pad=3)
-    return ax
 
 
 def _length(text: str, font: FontProperties) -> float:

@@ -16,9 +16,8 @@ from interventions import SkipPerceptual, SubnetMask
 from slitlamp.decoding import Intervention
 from slitlamp.flops import BlockSizes, Tokens
 from slitlamp.reports import findings
-from slitlamp.reports.conditions import need
 from slitlamp.reports.data import RunData
-from slitlamp.reports.draw import condition_handles, is_narrow, legend_below
+from slitlamp.reports.draw import condition_handles, is_narrow, legend_below, need, panel_grid
 from slitlamp.reports.metrics import metric, split_name
 from slitlamp.reports.style import (
     BLUE,
@@ -31,7 +30,6 @@ from slitlamp.reports.style import (
     VERMILLION,
     ConditionStyle,
     axes_or_new,
-    new_figure,
     styled,
 )
 
@@ -193,18 +191,22 @@ def _reference(ax: Axes, rows: pd.DataFrame) -> None:
 
 
 @styled
-def curves(table: pd.DataFrame, x: str, by: str, looks: Mapping[str, ConditionStyle], ax: Axes | None = None) -> Axes:
+def cost_curves(
+    table: pd.DataFrame, x: str, by: str, ax: Axes | None = None, *, looks: Mapping[str, ConditionStyle] | None = None
+) -> Axes:
     """One score of several series against a number, with interval bars, and the reference as a line.
 
     Args:
-        table: of one data set and metric: value, low, high and the columns named; the reference has "reference" in `by`.
-        x: the column across.
+        table: of one data set and metric (named, if the columns are there): value, low, high and the columns named below; the
+            reference has "reference" in `by`.
+        x: the column across: saved, start or sparsity.
         by: the column that names the series.
-        looks: of each series.
         ax: where to draw; a new figure if None.
+        looks: of each series; those of skips or of rules of masks if None.
     """
     need(table, x, by, "value", "low", "high")
     ax = axes_or_new(ax, height=2.8)
+    looks = looks or (RULE_LOOKS if by == "rule" else SKIP_LOOKS)
     _reference(ax, table[table[by] == "reference"])
     for name, look in looks.items():
         rows = table[table[by] == name].sort_values([x, "value"])
@@ -217,6 +219,12 @@ def curves(table: pd.DataFrame, x: str, by: str, looks: Mapping[str, ConditionSt
             along, rows["value"].to_numpy(dtype=float), color=look.colour, marker=look.marker, markerfacecolor=look.face,
             linestyle=look.line, markersize=5, linewidth=1.2, label=f"_{name}",
         )  # fmt: skip
+    if "metric" in table:
+        one, dataset = str(table["metric"].iloc[0]), str(table["dataset"].iloc[0])
+        ax.set_title(f"{metric(one).label}, POPE {split_name(dataset)}" if one == "accuracy" else metric(one).label)
+        ax.set_ylabel(metric(one).unit)
+    ax.set_xlabel({"saved": "operations saved (%)", "start": "start (later blocks skip)"}.get(x, "dropped per row (%)"))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return ax
 
 
@@ -227,25 +235,16 @@ def _panels(
     by: str,
     looks: Mapping[str, ConditionStyle],
     names: Mapping[str, str],
-    label: str,
 ) -> Figure:
     """A panel per data set and metric, with a legend below."""
     pairs = list(dict.fromkeys(zip(table["dataset"].astype(str), table["metric"].astype(str), strict=True)))
     narrow = is_narrow(width)
-    columns = 1 if narrow else min(len(pairs), 3)
-    down = -(-len(pairs) // columns)
     used = [name for name in looks if (table[by] == name).any()]
-    figure = new_figure(width, 2.1 * down + 0.45 + 0.19 * len(used) / (1 if narrow else 2))
-    axes = np.atleast_1d(figure.subplots(down, columns, squeeze=False)).ravel()
-    for ax, (dataset, name) in zip(axes, pairs, strict=False):
-        rows = table[(table["dataset"].astype(str) == dataset) & (table["metric"] == name)]
-        curves(rows, x, by, looks, ax)
-        ax.set_title(f"{metric(name).label}, POPE {split_name(dataset)}" if name == "accuracy" else metric(name).label)
-        ax.set_ylabel(metric(name).unit)
-        ax.set_xlabel(label)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    for ax in axes[len(pairs) :]:
-        ax.set_visible(False)
+    figure, axes = panel_grid(width, len(pairs), 2.1, columns=3, extra=0.45 + 0.19 * len(used) / (1 if narrow else 2))
+    for ax, (dataset, name) in zip(axes, pairs, strict=True):
+        cost_curves(
+            table[(table["dataset"].astype(str) == dataset) & (table["metric"] == name)], x, by, ax, looks=looks
+        )
     reference = {"reference": ConditionStyle(INK, "", (0, (4, 2)), True)}
     shown = ["reference", *used]
     legend_below(
@@ -258,12 +257,16 @@ def _panels(
 
 @styled
 def skipped_operations(data: RunData, width: float) -> Figure | None:
-    """Scores against the share of operations saved: what is skipped, by which tokens; None for a run of other conditions."""
+    """Scores against the share of operations saved: what is skipped, by which tokens.
+
+    None where a run does not skip two things, or one in two numbers of blocks: one point is no comparison.
+    """
     table = skipping_table(data)
     if table is None:
         return None
     table = table[table["start"] <= 0].assign(saved=100 * table["saved"])
-    return _panels(table, width, "saved", "series", SKIP_LOOKS, {}, "operations saved (%)")
+    ways = table.loc[table["series"].isin(SKIP_NAMES.values()), ["series", "n_blocks"]].drop_duplicates()
+    return _panels(table, width, "saved", "series", SKIP_LOOKS, {}) if len(ways) > 1 else None
 
 
 def skipped_operations_note(data: RunData) -> str:
@@ -289,9 +292,7 @@ def skipped_from(data: RunData, width: float) -> Figure | None:
     kept = [*several[several > 1].index, "reference"]
     if len(kept) < 2:
         return None
-    return _panels(
-        table[table["series"].isin(kept)], width, "start", "series", SKIP_LOOKS, {}, "start (later blocks skip)"
-    )
+    return _panels(table[table["series"].isin(kept)], width, "start", "series", SKIP_LOOKS, {})
 
 
 def skipped_from_note(data: RunData) -> str:
@@ -305,13 +306,15 @@ def skipped_from_note(data: RunData) -> str:
 
 @styled
 def subnetworks(data: RunData, width: float) -> Figure | None:
-    """Scores of the model on subnetworks against masks of equal size; None for a run of other conditions."""
+    """Scores of the model on subnetworks against masks of equal size; None where a run has no two sparsities of them."""
     table = mask_table(data)
     if table is None:
         return None
     rules = (table["rule"] == "reference") | (table["tokens"] == "both")
     table = (table[rules] if (table["tokens"] == "both").any() else table).assign(sparsity=100 * table["sparsity"])
-    return _panels(table, width, "sparsity", "rule", RULE_LOOKS, RULE_NAMES, "dropped per row (%)")
+    if table.loc[table["rule"] != "reference", "sparsity"].nunique() < 2:
+        return None
+    return _panels(table, width, "sparsity", "rule", RULE_LOOKS, RULE_NAMES)
 
 
 def subnetworks_note(data: RunData) -> str:

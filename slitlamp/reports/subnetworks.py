@@ -6,20 +6,29 @@ from typing import Final
 
 import numpy as np
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from slitlamp.reports.conditions import need
-from slitlamp.reports.draw import category_axis, interval_point, is_narrow, legend_below, reference_line
+from slitlamp.errors import InputError
+from slitlamp.reports.draw import (
+    band,
+    category_axis,
+    heat_map,
+    interval_point,
+    is_narrow,
+    layer_axis,
+    legend_below,
+    need,
+    outer_labels,
+    panel_grid,
+    reference_line,
+)
 from slitlamp.reports.drawing import Drawing, Tables
 from slitlamp.reports.style import (
     BLUE,
     GREEN,
     GREY,
-    MAP,
     ORANGE,
     PURPLE,
     VERMILLION,
@@ -28,7 +37,7 @@ from slitlamp.reports.style import (
     new_figure,
     styled,
 )
-from slitlamp.reports.wording import Estimate
+from slitlamp.reports.wording import Estimate, number
 
 LABEL: Final = "IoU"
 FOUND: Final = ConditionStyle(BLUE, "o", "-", True)
@@ -54,7 +63,7 @@ def _handles(found: str) -> list[Line2D]:
 
 
 @styled
-def layer_panel(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def overlap_by_layer(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """IoU of one type of linear map by layer, with the band of its interval and its controls.
 
     Args:
@@ -68,16 +77,17 @@ def layer_panel(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
             rows["layer"], rows[column], color=look.colour, linestyle=look.line, marker=look.marker, markersize=3.5,
             markerfacecolor="white", linewidth=1.1, label=f"_{column}",
         )  # fmt: skip
-    ax.fill_between(rows["layer"], rows["low"], rows["high"], color=BLUE, alpha=0.25, linewidth=0, label="_interval")
+    band(ax, rows["layer"], rows["low"], rows["high"], BLUE, alpha=0.25)
     ax.plot(rows["layer"], rows["iou"], color=BLUE, marker="o", markersize=4, label="_iou")
     reference_line(ax, float(rows["random"].iloc[0]), horizontal=True, kind="chance")
     ax.set_ylim(0, 1.03)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    layer_axis(ax)
+    ax.set_ylabel(LABEL)
     return ax
 
 
 @styled
-def type_panel(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def overlap_by_type(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Mean IoU of each type of linear map, with its interval and its controls.
 
     Args:
@@ -93,11 +103,12 @@ def type_panel(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     reference_line(ax, float(rows["random"].iloc[0]), kind="chance")
     category_axis(ax, [str(one) for one in rows["type"]])
     ax.set_xlim(0, 1.03)
+    ax.set_xlabel(LABEL)
     return ax
 
 
 @styled
-def heat_map(square: pd.DataFrame, ax: Axes | None = None, *, random: float = 0.0, small: bool = False) -> Axes:
+def overlap_map(square: pd.DataFrame, ax: Axes | None = None, *, random: float = 0.0, small: bool = False) -> Axes:
     """IoU of every two sets of tokens; the colours begin at random masks.
 
     Args:
@@ -106,18 +117,14 @@ def heat_map(square: pd.DataFrame, ax: Axes | None = None, *, random: float = 0.
         random: the IoU of random masks.
         small: numbers in place of names below, the scale below the map, and no values in it.
     """
+    if square.empty:
+        raise InputError("this figure needs at least one row; the table is empty")
     ax = axes_or_new(ax, height=1.2 + 0.4 * len(square))
-    bar = {
-        "label": "IoU" if small else f"IoU (random masks: {random:.2f})",
-        "shrink": 0.85,
-        "pad": 0.06 if small else 0.02,
-    }
-    seaborn.heatmap(
-        square.astype(float), ax=ax, cmap=MAP, vmin=random, vmax=1, annot=len(square) <= MAX_ANNOTATED and not small,
-        fmt=".2f", annot_kws={"fontsize": 7.5}, linewidths=0.6, linecolor="white",
-        cbar_kws={**bar, "location": "bottom"} if small else bar,
-    )  # fmt: skip
-    ax.tick_params(length=0)
+    notes = square.map(lambda one: number(one, 2)) if len(square) <= MAX_ANNOTATED and not small else None
+    where = (
+        {"label": LABEL, "location": "bottom", "pad": 0.06} if small else {"label": f"IoU (random masks: {random:.2f})"}
+    )
+    heat_map(square, ax, random, 1, notes=notes, shrink=0.85, **where)
     names = [str(one) for one in square.index]
     numbered = [f"{name}  {number}" for number, name in enumerate(names, 1)]
     ax.set_yticks(np.arange(len(names)) + 0.5, labels=numbered if small else names, rotation=0)
@@ -133,7 +140,7 @@ def heat_map(square: pd.DataFrame, ax: Axes | None = None, *, random: float = 0.
 
 
 @styled
-def kind_panel(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def overlap_by_kind(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Mean IoU over the pairs of each kind, with its interval and the line of random masks.
 
     Args:
@@ -163,18 +170,12 @@ def _by_layer(tables: Tables, width: float) -> Figure | None:
         return None
     rows = _highest(table)
     types = list(dict.fromkeys(rows["type"]))
-    columns = 2 if is_narrow(width) else 4
-    down = -(-len(types) // columns)
-    figure = new_figure(width, 1.45 * down + (1.3 if is_narrow(width) else 0.8))
-    axes: list[Axes] = []
-    for place, name in enumerate(types):
-        ax = figure.add_subplot(down, columns, place + 1, sharey=axes[0] if axes else None)
-        layer_panel(rows[rows["type"] == name], ax)
-        ax.set_title(str(name))
-        ax.set_xlabel("layer" if place >= len(types) - columns else "")
-        ax.set_ylabel(LABEL if place % columns == 0 else "")
-        ax.tick_params(labelleft=place % columns == 0)
-        axes.append(ax)
+    figure, axes = panel_grid(
+        width, len(types), 1.45, columns=4, narrow_columns=2, extra=1.3 if is_narrow(width) else 0.8, sharey=True
+    )
+    for ax, name in zip(axes, types, strict=True):
+        overlap_by_layer(rows[rows["type"] == name], ax).set_title(str(name))
+    outer_labels(axes)
     legend_below(figure, _handles("image against text tokens"), columns=1 if is_narrow(width) else 2)
     return figure
 
@@ -185,14 +186,10 @@ def _by_type(tables: Tables, width: float) -> Figure | None:
     if table is None:
         return None
     sparsities = sorted(table["sparsity"].unique())
-    columns = 1 if is_narrow(width) else len(sparsities)
-    down = -(-len(sparsities) // columns)
-    figure = new_figure(width, down * (0.6 + 0.24 * table["type"].nunique()) + 0.8)
-    for place, sparsity in enumerate(sparsities):
-        ax = figure.add_subplot(down, columns, place + 1)
-        type_panel(table[table["sparsity"] == sparsity], ax)
-        ax.set_title(f"{100 * sparsity:g} % of each row dropped")
-        ax.set_xlabel(LABEL)
+    figure, axes = panel_grid(width, len(sparsities), 0.6 + 0.24 * table["type"].nunique(), extra=0.8)
+    for ax, sparsity in zip(axes, sparsities, strict=True):
+        overlap_by_type(table[table["sparsity"] == sparsity], ax).set_title(f"{100 * sparsity:g} % of each row dropped")
+    outer_labels(axes)
     legend_below(figure, _handles("image against text tokens"), columns=1 if is_narrow(width) else 2)
     return figure
 
@@ -228,7 +225,7 @@ def _tasks(tables: Tables, width: float) -> Figure | None:
         return None
     narrow = is_narrow(width)
     figure = new_figure(width, (0.26 if narrow else 0.36) * len(square) + (1.0 if narrow else 1.6))
-    heat_map(square, figure.add_subplot(), random=float(_highest(table)["random"].iloc[0]), small=narrow)
+    overlap_map(square, figure.add_subplot(), random=float(_highest(table)["random"].iloc[0]), small=narrow)
     return figure
 
 
@@ -239,7 +236,7 @@ def _kinds(tables: Tables, width: float) -> Figure | None:
         return None
     rows = _highest(table[table["type"] == "all"])
     figure = new_figure(width, 0.9 + 0.27 * len(rows))
-    kind_panel(rows, figure.add_subplot())
+    overlap_by_kind(rows, figure.add_subplot())
     return figure
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from slitlamp.evaluation.statistics import Interval, cluster_bootstrap, ratio
-from slitlamp.reports.conditions import need
+from slitlamp.reports.draw import need
 from slitlamp.reports.wording import Estimate
 
 FloatArray = NDArray[np.float64]

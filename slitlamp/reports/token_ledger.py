@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from slitlamp.reports import ledger_drawings as drawings
 from slitlamp.reports import ledger_maps as maps
-from slitlamp.reports.draw import category_axis, interval_point, is_narrow, legend_below, reference_line
+from slitlamp.reports.draw import (
+    is_narrow,
+    legend_below,
+    own_legend,
+    panel_grid,
+)
 from slitlamp.reports.drawing import Drawing, Tables
-from slitlamp.reports.style import ConditionStyle, condition_styles, new_figure, short_names, styled
+from slitlamp.reports.style import new_figure, styled
 from slitlamp.reports.wording import Estimate, count, join, number, sentence
 
 TOP: Final = 3
@@ -77,7 +80,7 @@ def _redundancy(tables: Tables, width: float) -> Figure | None:
     if redundancy is None or ranking is None:
         return None
     narrow = is_narrow(width)
-    figure = new_figure(width, width * (0.8 if narrow else 0.86))
+    figure = new_figure(width, width * (0.72 if narrow else 0.86))
     maps.redundancy_panel(redundancy, _signs(ranking), figure.add_subplot(), annotate=not narrow)
     return figure
 
@@ -91,9 +94,8 @@ def _roc(tables: Tables, width: float) -> Figure | None:
     together = rows[(rows["signal"] == "combined") & bool(ledger["combined"].notna().all())]
     figure = new_figure(width, 4.4 if is_narrow(width) else 3.8)
     rate = float(rows["fpr"].dropna().iloc[0]) if "fpr" in rows and rows["fpr"].notna().any() else None
-    panel = drawings.roc_panel(ledger, pd.concat([together, single]), figure.add_subplot(), rate=rate)
-    curves = [line for line in panel.get_lines() if not str(line.get_label()).startswith("_")]
-    legend_below(figure, curves)
+    panel = drawings.signal_roc_panel(ledger, pd.concat([together, single]), figure.add_subplot(), rate=rate)
+    own_legend(figure, [panel])
     return figure
 
 
@@ -105,15 +107,11 @@ def _classes(tables: Tables, width: float) -> Figure | None:
     top = rows[~rows["family"].isin(["together", "null", "baseline"])].head(CLASSES)
     if top.empty:
         return None
-    columns = 1 if is_narrow(width) else min(2, len(top))
-    lines = -(-len(top) // columns)
-    figure = new_figure(width, 1.9 * lines + 0.5)
-    panels = np.asarray(figure.subplots(lines, columns, squeeze=False)).ravel()
-    for panel, row in zip(panels, top.to_dict("records"), strict=False):
+    figure, panels = panel_grid(width, len(top), 1.9, columns=2)
+    for panel, row in zip(panels, top.to_dict("records"), strict=True):
         note = f"AUROC {number(float(row['auroc']), 2)}"
         drawings.class_panel(ledger, str(row["signal"]), str(row["title"]), panel, note=note)
-    for panel in panels[len(top) :]:
-        panel.set_visible(False)
+        panel.set_ylabel("")  # one for all
     figure.supylabel("share of the objects of its kind", fontsize=9)
     legend_below(figure, drawings.class_handles())
     return figure
@@ -141,33 +139,10 @@ def _comparison(tables: Tables, width: float) -> Figure | None:
     known = rankings[rankings["auroc"].notna()]
     if known.empty:
         return None
-    order = known.groupby("signal")["auroc"].mean().sort_values(ascending=False).index
-    null = set(known.loc[known["family"] == "null", "signal"])
-    order = [name for name in order if name not in null] + [name for name in order if name in null]
-    titles = dict(zip(known["signal"], known["title"], strict=True))
-    names = list(dict.fromkeys(parts))
-    looks = condition_styles(names, dict.fromkeys(names, "treatment"))
-    figure = new_figure(width, 1.3 + 0.3 * len(order) * max(1.0, len(names) / 3))
-    panel = figure.add_subplot()
-    step = 0.7 / max(len(names), 1)
-    for row in known.to_dict("records"):
-        offset = (names.index(row["part"]) - (len(names) - 1) / 2) * step
-        interval_point(panel, order.index(row["signal"]) + offset, Estimate.of(row, "auroc"), looks[row["part"]])
-    for place in range(0, len(order), 2):
-        panel.axhspan(place - 0.5, place + 0.5, color="#f6f6f6", linewidth=0, zorder=0, label="_band")
-    reference_line(panel, 0.5, "chance", kind="chance")
-    category_axis(panel, [titles[name] for name in order])
-    panel.set_xlabel("AUROC, hallucinated or true object", loc="right")
-    short = short_names(names, 34)
-    legend_below(figure, [_handle(looks[name], short[name]) for name in names])
+    n_parts = rankings["part"].nunique()
+    figure = new_figure(width, 1.3 + 0.3 * known["signal"].nunique() * max(1.0, n_parts / 3))
+    own_legend(figure, [drawings.comparison_panel(rankings, figure.add_subplot())])
     return figure
-
-
-def _handle(look: ConditionStyle, name: str) -> Line2D:
-    return Line2D(
-        [], [], color=look.colour, marker=look.marker, markerfacecolor=look.face, linestyle="none", markersize=5.5,
-        markeredgewidth=1.2, label=name,
-    )  # fmt: skip
 
 
 def _part_names(rankings: pd.DataFrame) -> list[str]:

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from slitlamp.reports import truthful_panels as panels
-from slitlamp.reports.draw import is_narrow, legend_below
+from slitlamp.reports.draw import is_narrow, outer_labels, own_legend, panel_grid
 from slitlamp.reports.drawing import Drawing, Tables
 from slitlamp.reports.style import ORANGE, PURPLE, new_figure, short_names
 from slitlamp.reports.wording import count
@@ -35,15 +35,12 @@ def _layers(tables: Tables, width: float) -> Figure | None:
     if layers is None or baselines is None or layers["auroc"].isna().all():
         return None
     methods = list(dict.fromkeys(layers["method"]))
-    narrow = is_narrow(width)
-    figure = new_figure(width, 2.5 * len(methods) + 0.8 if narrow else 3.3)
-    axes = figure.subplots(*((len(methods), 1) if narrow else (1, len(methods))), squeeze=False, sharey=True).ravel()
+    figure, axes = panel_grid(width, len(methods), 2.5, extra=0.8, sharey=True)
     confidence = baselines[baselines["baseline"] == "-log p"].iloc[0]
     for ax, method in zip(axes, methods, strict=True):
-        panels.layer_curve(layers[layers["method"] == method], method, confidence, ax)
-        if not narrow and ax is not axes[0]:
-            ax.set_ylabel("")
-    legend_below(figure, axes[0].get_legend_handles_labels()[0])
+        panels.truth_curve(layers[layers["method"] == method], method, ax, confidence=confidence)
+    outer_labels(axes)
+    own_legend(figure, axes[:1])
     return figure
 
 
@@ -58,15 +55,13 @@ def _scores(tables: Tables, width: float) -> Figure | None:
     method = next(one for one in mentions if one.startswith("score_"))
     shown = [
         (method, f"probe ({panels.METHOD_NAMES[method.removeprefix('score_')]}), log-odds"),
-        ("neg_log_p", "\N{MINUS SIGN}log p of the token, nats"),
+        ("neg_log_p", panels.SCORE_NAMES["neg_log_p"]),
     ]
-    narrow = is_narrow(width)
-    figure = new_figure(width, 5.4 if narrow else 3.2)
-    axes = figure.subplots(*((2, 1) if narrow else (1, 2)), squeeze=False).ravel()
+    figure, axes = panel_grid(width, 2, 2.4, extra=0.7)
     for ax, (column, name) in zip(axes, shown, strict=True):
         panels.score_histogram(mentions, column, ax)
         ax.set_xlabel(name)
-    legend_below(figure, axes[0].get_legend_handles_labels()[0])
+    own_legend(figure, axes[:1])
     return figure
 
 
@@ -86,8 +81,7 @@ def _roc(tables: Tables, width: float) -> Figure | None:
         ("mention", "mention index", PURPLE, (0, (2, 1.2))),
     ]
     figure = new_figure(width, 4.2 if is_narrow(width) else 3.8)
-    ax = panels.roc_panel(mentions, curves, figure.add_subplot())
-    legend_below(figure, ax.get_legend_handles_labels()[0])
+    own_legend(figure, [panels.score_roc_panel(mentions, curves, figure.add_subplot())])
     return figure
 
 
@@ -102,8 +96,8 @@ def _pmc(tables: Tables, width: float) -> Figure | None:
     else:
         axes = figure.subplots(1, 2, width_ratios=[1.5, 1])
     panels.pmc_panel(by_length, axes[0])
-    panels.difference_panel(table, axes[1])
-    legend_below(figure, axes[0].get_legend_handles_labels()[0])
+    panels.pmc_difference_panel(table, axes[1])
+    own_legend(figure, axes[:1])
     return figure
 
 
@@ -116,17 +110,13 @@ def _layer_matrix(tables: Tables, width: float) -> Figure | None:
     shown = table.assign(source=table["source_layer"].map(rename), target=table["target_layer"].map(rename))
     itself = shown[shown["source_layer"] == shown["target_layer"]]
     kinds = _kinds(shown[shown["source_layer"] != shown["target_layer"]])
-    columns = 1 if is_narrow(width) else 2
-    n_rows = -(-len(kinds) // columns)
-    figure = new_figure(width, n_rows * (0.3 * len(names) + 1.2))
-    axes = figure.subplots(n_rows, columns, squeeze=False).ravel()
-    for ax, (kind, rows) in zip(axes, kinds.items(), strict=False):
+    figure, axes = panel_grid(width, len(kinds), 0.3 * len(names) + 1.2, columns=2, extra=0)
+    for ax, (kind, rows) in zip(axes, kinds.items(), strict=True):
         panels.matrix_panel(pd.concat([rows, itself]), names, names, ax, bar=False)
         ax.set_title(kind)
         ax.set_xlabel("applied to layer")
         ax.set_ylabel("trained on layer")
-    for ax in axes[len(kinds) :]:
-        ax.set_visible(False)
+    outer_labels(axes)
     return figure
 
 
@@ -171,11 +161,9 @@ def _matrices(varies: str) -> Any:
         names = list(dict.fromkeys([*rows["source"], *rows["target"]]))
         short = short_names([one.rsplit("/", 1)[-1] for one in names], 16)
         labels = [short[one.rsplit("/", 1)[-1]] for one in names]
-        columns = 1 if is_narrow(width) else min(3 if len(names) < 3 else 2, len(kinds))
-        n_rows = -(-len(kinds) // columns)
-        figure = new_figure(width, n_rows * (0.42 * len(names) + 0.75) + 0.8)
-        axes = figure.subplots(n_rows, columns, squeeze=False).ravel()
-        for place, (ax, (name, one)) in enumerate(zip(axes, kinds.items(), strict=False)):
+        columns = 1 if is_narrow(width) else 3 if len(names) < 3 else 2
+        figure, axes = panel_grid(width, len(kinds), 0.42 * len(names) + 0.75, columns=columns, extra=0.8)
+        for place, (ax, (name, one)) in enumerate(zip(axes, kinds.items(), strict=True)):
             both = pd.concat([one, itself])
             both = both.assign(
                 source=both["source"].map(dict(zip(names, labels, strict=True))),
@@ -185,11 +173,10 @@ def _matrices(varies: str) -> Any:
             ax.set_title(name.replace(" (", "\n("))
             ax.tick_params(axis="x", rotation=30)
             if place % columns:  # names stand at the left and below the last panel of a column
-                ax.set(ylabel="", yticklabels=[])
+                ax.set_yticklabels([])
             if place + columns < len(kinds):
-                ax.set(xlabel="", xticklabels=[])
-        for ax in axes[len(kinds) :]:
-            ax.set_visible(False)
+                ax.set_xticklabels([])
+        outer_labels(axes)
         return figure
 
     return draw
@@ -209,16 +196,15 @@ def _components(tables: Tables, width: float) -> Figure | None:
         return None
     keys = [f"{side}_{one}" for side in ("source", "target") for one in PART]
     pairs = swept[keys].drop_duplicates().head(2)
-    narrow = is_narrow(width)
-    figure = new_figure(width, 2.6 * len(pairs) + 1.4 if narrow else 3.6)
-    axes = figure.subplots(*((len(pairs), 1) if narrow else (1, len(pairs))), squeeze=False).ravel()
+    figure, axes = panel_grid(width, len(pairs), 2.5, extra=1.2)
     for ax, (_, pair) in zip(axes, pairs.iterrows(), strict=True):
         rows = table[np.logical_and.reduce([table[key] == pair[key] for key in keys])]
         panels.component_panel(rows, ax)
         what = str(rows["varies"].iloc[0])
         ends = short_names([str(pair[f"{side}_{what}"]).rsplit("/", 1)[-1] for side in ("source", "target")], 17)
         ax.set_title(" \N{RIGHTWARDS ARROW} ".join(ends.values()))
-    legend_below(figure, axes[0].get_legend_handles_labels()[0])
+    outer_labels(axes)
+    own_legend(figure, axes[:1])
     return figure
 
 

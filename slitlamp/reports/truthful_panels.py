@@ -7,18 +7,16 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import roc_curve
 
-from slitlamp.reports.draw import reference_line
+from slitlamp.reports.draw import band, heat_map, need, reference_line
 from slitlamp.reports.style import (
     BLUE,
     GREEN,
     GREY,
     INK,
-    MAP,
     ORANGE,
     PURPLE,
     TOKEN_COLOURS,
@@ -27,6 +25,7 @@ from slitlamp.reports.style import (
     TOKEN_MARKERS,
     TOKEN_NAMES,
     VERMILLION,
+    axes_or_new,
     styled,
 )
 from slitlamp.reports.wording import count
@@ -39,10 +38,9 @@ METHOD_LINES: Final[dict[str, Any]] = {
     "difference_of_means": (0, (6, 1.5)),
     "mlp": (0, (4, 1.5, 1, 1.5)),
 }
+SCORE_NAMES: Final = {"neg_log_p": "\N{MINUS SIGN}log p of the token, nats", "mention": "mention index"}
 KINDS: Final = ("object", "hallucinated")
 ALIGNMENT_NAMES: Final = {"none": "unaligned", "coral": "CORAL"}
-DARK_BELOW: Final = 0.62
-"""AUROC below which a cell of `matrix_panel` is so dark that its text is white."""
 
 
 def alignment_name(name: str) -> str:
@@ -51,21 +49,23 @@ def alignment_name(name: str) -> str:
 
 
 @styled
-def layer_curve(layers: pd.DataFrame, method: str, confidence: pd.Series | None, ax: Axes) -> Axes:
+def truth_curve(
+    layers: pd.DataFrame, method: str, ax: Axes | None = None, *, confidence: pd.Series | None = None
+) -> Axes:
     """AUROC over layers with its band, the control labels with their range, chance, and the line of -log p with its band.
 
     Args:
         layers: columns layer, auroc, low, high, control_auroc, control_low, control_high of one method.
         method: its name.
+        ax: where to draw; a new figure if None.
         confidence: auroc, low, high of -log p.
-        ax: where to draw.
     """
+    need(layers, "layer", "auroc", "low", "high", "control_auroc", "control_low", "control_high")
+    ax = axes_or_new(ax)
     rows = layers.sort_values("layer")
     x = rows["layer"].to_numpy(dtype=np.float64)
     colour = METHOD_COLOURS.get(method, BLUE)
-    ax.fill_between(x, rows["low"], rows["high"], color=colour, alpha=0.18, linewidth=0)
-    if len(x) == 1:  # a band has no width there
-        ax.vlines(x, rows["low"], rows["high"], color=colour, linewidth=1.6)
+    band(ax, x, rows["low"], rows["high"], colour)
     ax.plot(
         x, rows["auroc"], color=colour, marker=METHOD_MARKERS.get(method, "o"), linestyle=METHOD_LINES.get(method, "-"),
         label="probe",
@@ -98,15 +98,17 @@ def layer_curve(layers: pd.DataFrame, method: str, confidence: pd.Series | None,
 
 
 @styled
-def score_histogram(mentions: pd.DataFrame, column: str, ax: Axes, *, bins: int = 28) -> Axes:
+def score_histogram(mentions: pd.DataFrame, column: str, ax: Axes | None = None, *, bins: int = 28) -> Axes:
     """Distribution of a score for hallucinated and for true mentions, each as shares of its own.
 
     Args:
         mentions: columns hallucinated and `column`.
         column: the score.
-        ax: where to draw.
+        ax: where to draw; a new figure if None.
         bins: over the range of all.
     """
+    need(mentions, "hallucinated", column)
+    ax = axes_or_new(ax)
     values = mentions[column].to_numpy(dtype=np.float64)
     low, high = np.quantile(values, [0.002, 0.998])
     edges = np.linspace(low, high if high > low else low + 1, bins + 1)
@@ -123,22 +125,29 @@ def score_histogram(mentions: pd.DataFrame, column: str, ax: Axes, *, bins: int 
             label=f"{TOKEN_NAMES[kind]}, {count(len(own), 'mention')}",
         )  # fmt: skip
     ax.set_ylim(bottom=0)
+    ax.set_xlabel("score" if column.startswith("score_") else SCORE_NAMES.get(column, column))
     ax.set_ylabel("share of its kind")
     return ax
 
 
 @styled
-def roc_panel(
-    mentions: pd.DataFrame, scores: Sequence[tuple[str, str, str, Any]], ax: Axes, *, floor: float = 1e-3
+def score_roc_panel(
+    mentions: pd.DataFrame,
+    scores: Sequence[tuple[str, str, str, Any]],
+    ax: Axes | None = None,
+    *,
+    floor: float = 1e-3,
 ) -> Axes:
     """ROC curves over a logarithmic axis of false positive rates.
 
     Args:
         mentions: column hallucinated, and those named in `scores`.
         scores: (column, name, colour, line style) of each curve.
-        ax: where to draw.
+        ax: where to draw; a new figure if None.
         floor: the smallest rate shown.
     """
+    need(mentions, "hallucinated", *(one[0] for one in scores))
+    ax = axes_or_new(ax)
     label = mentions["hallucinated"].to_numpy(dtype=bool)
     n_true = max(int((~label).sum()), 1)
     floor = max(floor, 0.5 / n_true)
@@ -160,15 +169,19 @@ def roc_panel(
 
 
 @styled
-def matrix_panel(table: pd.DataFrame, rows: list[str], columns: list[str], ax: Axes, *, bar: bool = True) -> Axes:
+def matrix_panel(
+    table: pd.DataFrame, rows: list[str], columns: list[str], ax: Axes | None = None, *, bar: bool = True
+) -> Axes:
     """AUROC of probes trained on the row and applied to the column, with the interval in each cell.
 
     Args:
         table: columns source, target, auroc, low, high.
         rows, columns: order of the names.
-        ax: where to draw.
+        ax: where to draw; a new figure if None.
         bar: whether to draw the colour bar.
     """
+    need(table, "source", "target", "auroc", "low", "high")
+    ax = axes_or_new(ax, height=1.2 + 0.4 * len(rows))
     grid = table.pivot_table(index="source", columns="target", values="auroc").reindex(index=rows, columns=columns)
     keyed = table.set_index(["source", "target"])
     many = grid.size > 36
@@ -183,31 +196,26 @@ def matrix_panel(table: pd.DataFrame, rows: list[str], columns: list[str], ax: A
                 )
             else:
                 notes.loc[row, column] = ""
-    seaborn.heatmap(
-        grid.astype(float), ax=ax, cmap=MAP, vmin=0.4, vmax=0.9, annot=notes, fmt="", annot_kws={"fontsize": 7.5},
-        linewidths=0.8, linecolor="white", cbar=bar, cbar_kws={"label": "AUROC (chance .5)", "shrink": 0.9, "pad": 0.03},
-    )  # fmt: skip
-    values = grid.to_numpy(dtype=np.float64)
-    for cell, value in zip(ax.texts, values[np.isfinite(values)], strict=True):  # empty cells have no text
-        cell.set_color("white" if value < DARK_BELOW else INK)
-    ax.tick_params(length=0)
-    ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
+    scale: dict[str, Any] = {"label": "AUROC (chance .5)", "shrink": 0.9, "pad": 0.03} if bar else {}
+    heat_map(grid, ax, 0.4, 0.9, notes=notes, **scale)
     ax.set_xlabel("applied to")
     ax.set_ylabel("trained on")
     return ax
 
 
 @styled
-def component_panel(table: pd.DataFrame, ax: Axes) -> Axes:
+def component_panel(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """AUROC of subspace alignment over the number of components, beside the other alignments as lines.
 
     Args:
         table: rows of one pair: columns alignment, components, auroc, low, high, target_trained.
-        ax: where to draw.
+        ax: where to draw; a new figure if None.
     """
+    need(table, "alignment", "components", "auroc", "low", "high", "target_trained")
+    ax = axes_or_new(ax)
     swept = table[table["alignment"] == "subspace"].sort_values("components")
     x = swept["components"].to_numpy(dtype=np.float64)
-    ax.fill_between(x, swept["low"], swept["high"], color=BLUE, alpha=0.18, linewidth=0)
+    band(ax, x, swept["low"], swept["high"], BLUE)
     ax.plot(x, swept["auroc"], color=BLUE, marker="o", label="subspace")
     looks: dict[str, tuple[str, Any]] = {
         "none": (INK, (0, (1, 1.5))),
@@ -228,14 +236,16 @@ def component_panel(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 @styled
-def pmc_panel(table: pd.DataFrame, ax: Axes, *, minimum: int = 5) -> Axes:
+def pmc_panel(table: pd.DataFrame, ax: Axes | None = None, *, minimum: int = 5) -> Axes:
     """Mean PMC by the number of preceding tokens of the sentence, hallucinated against true mentions, with intervals.
 
     Args:
         table: columns n_preceding, label, mean, low, high, n_mentions.
-        ax: where to draw.
+        ax: where to draw; a new figure if None.
         minimum: points of fewer mentions are left out.
     """
+    need(table, "n_preceding", "label", "mean", "low", "high", "n_mentions")
+    ax = axes_or_new(ax)
     shown = table[(table["n_mentions"] >= minimum) & table["low"].notna()]
     lengths = sorted(shown["n_preceding"].unique())
     for offset, kind in zip((-0.09, 0.09), KINDS, strict=True):
@@ -259,13 +269,15 @@ def pmc_panel(table: pd.DataFrame, ax: Axes, *, minimum: int = 5) -> Axes:
 
 
 @styled
-def difference_panel(table: pd.DataFrame, ax: Axes) -> Axes:
+def pmc_difference_panel(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """PMC of hallucinated minus true mentions, without and with control of length.
 
     Args:
         table: columns quantity, value, low, high.
-        ax: where to draw.
+        ax: where to draw; a new figure if None.
     """
+    need(table, "quantity", "value", "low", "high")
+    ax = axes_or_new(ax, height=2.0)
     rows = table[table["quantity"].str.startswith("hallucinated minus true")].iloc[::-1]
     names = [one.removeprefix("hallucinated minus true").lstrip(", ") or "all mentions" for one in rows["quantity"]]
     y = np.arange(len(rows))

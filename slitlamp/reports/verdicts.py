@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from slitlamp.experiments.verdicts import BEATS_ALL, HARMS, NO_CONTROL, NOT_ALL, NOTHING
 from slitlamp.reports import findings, notes
-from slitlamp.reports.conditions import better_way, extremes, locator, need
+from slitlamp.reports.conditions import better_way, extremes, locator
 from slitlamp.reports.data import RunData
 from slitlamp.reports.draw import (
     Names,
@@ -20,11 +20,13 @@ from slitlamp.reports.draw import (
     interval_point,
     is_narrow,
     legend_below,
+    need,
     pad_limits,
+    panel_grid,
     reference_line,
 )
 from slitlamp.reports.metrics import Metric, metric, split_name
-from slitlamp.reports.style import BLUE, INK, VERMILLION, ConditionStyle, axes_or_new, new_figure, short_names, styled
+from slitlamp.reports.style import BLUE, INK, VERMILLION, ConditionStyle, axes_or_new, short_names, styled
 from slitlamp.reports.tables import Cell, Table
 from slitlamp.reports.wording import Estimate, count, join, number, sentence
 
@@ -115,7 +117,7 @@ def verdict_panel(
         ]
     )
     pad_limits(ax, *extremes(both), include=(0.0,))
-    ax.xaxis.set_major_locator(locator())
+    ax.xaxis.set_major_locator(locator(3))  # signed numbers are long
     ax.set_title(title or info.label, pad=15, fontsize=8.5)
     better_way(ax, info)
     ax.set_xlabel(f"difference ({info.unit})" if info.unit else "difference")
@@ -129,15 +131,12 @@ def verdicts(data: RunData, width: float) -> Figure | None:
     if not parts:
         return None
     tall = 1.0 + 0.3 * len(parts[0].rows)
-    rows, columns = (len(parts), 1) if is_narrow(width) else (1, len(parts))
-    figure = new_figure(width, rows * tall + 0.5)
-    for place, one in enumerate(parts):
-        ax = verdict_panel(
-            one.rows, one.metric, figure.add_subplot(rows, columns, place + 1), names=data.short, title=one.title
-        )
-        if columns > 1:
+    figure, axes = panel_grid(width, len(parts), tall)
+    for ax, one in zip(axes, parts, strict=True):
+        verdict_panel(one.rows, one.metric, ax, names=data.short, title=one.title)
+        if not is_narrow(width):
             ax.set_xlabel("difference")
-            ax.set_yticklabels(ax.get_yticklabels() if place == 0 else [])
+            ax.set_yticklabels(ax.get_yticklabels() if ax is axes[0] else [])
     legend_below(figure, _handles(parts, str(data.reference)))
     return figure
 

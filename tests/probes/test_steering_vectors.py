@@ -172,7 +172,7 @@ def test_figures_are_drawn_from_the_tables() -> None:
     for width in (6.6, NARROW):
         figure = FIGURES["layers"].draw(result.tables, width)
         assert figure is not None
-        curves = [line for line in figure.axes[0].lines if line.get_label() == "_curve"]
+        curves = [line for line in figure.axes[0].lines if line.get_marker() != "None"]
         drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in curves])
         np.testing.assert_allclose(drawn, result.tables["layers"]["auroc"])
     assert "60 images" in FIGURES["layers"].caption(result.tables)

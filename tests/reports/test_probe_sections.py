@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from matplotlib.figure import Figure
 
 from slitlamp.errors import UnknownNameError
@@ -17,6 +18,7 @@ from slitlamp.reports import figure, figure_names, probe_sections, write_report
 from slitlamp.reports.causal import OUTCOMES, causal_panel
 from slitlamp.reports.data import RunData
 from slitlamp.reports.drawing import Drawing
+from slitlamp.reports.figures import run_figures
 from slitlamp.reports.style import new_figure
 
 SEEN: list[dict[str, pd.DataFrame]] = []
@@ -105,6 +107,33 @@ def test_a_second_probe_of_a_name_has_its_own_tables(make_run: Callable[..., Pat
     assert len(probe_sections.probe_tables(data, "my_probe")["rows"]) == 1
     assert set(probe_sections.probe_tables(data, "my_probe")) == {"rows"}
     assert len(probe_sections.probe_tables(data, "my_probe_2")["rows"]) == 2
+
+
+@pytest.mark.usefixtures("declared")
+def test_titles_tell_two_probes_of_a_kind_apart(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    entries: list[object] = [
+        {"MyProbe": {"layers": None, "at_word": "first_token", "seed": 0}},
+        {"name": "MyProbe", "parameters": {"layers": [1, 2], "at_word": "first_token", "seed": 0}},
+        {"MyProbe": {"layers": None, "at_word": "last", "seed": 0}},
+        "Another",
+    ]
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    (run / "config.yaml").write_text(
+        yaml.safe_dump({**config, "probes": entries}, allow_unicode=True, sort_keys=False), encoding="utf-8"
+    )
+    environment = json.loads((run / "environment.json").read_text())
+    keys = ["my_probe", "my_probe_2", "my_probe_3", "another"]
+    environment["probes"] = {key: place for place, key in enumerate(keys)}
+    (run / "environment.json").write_text(json.dumps(environment))
+    titles = [
+        "Dots of it (layers: not set, at word: first token)",
+        "Dots of it (layers: 1 and 2, at word: first token)",
+        "Dots of it (layers: not set, at word: last)",
+    ]
+    data = RunData(run)
+    assert [run_figures(data)[f"{key}_dots"].title for key in keys[:3]] == titles
+    assert probe_sections.difference(data, "another") == ""
 
 
 @pytest.mark.usefixtures("declared")

@@ -156,6 +156,29 @@ def test_other_runs_have_no_such_figures(run: RunData) -> None:
         assert draw(other, WIDE) is None
 
 
+@pytest.mark.parametrize(
+    ("conditions", "drawn"),
+    [
+        ({"skip": [{"SkipPerceptual": {"interval": 1}}], "mask": [{"SubnetMask": {"sparsity": 0.5}}]}, (False, False)),
+        ({"skip": [{"SkipPerceptual": {"interval": 1}}], "half": [{"SkipPerceptual": {"interval": 2}}]}, (True, False)),
+        ({"skip": [{"SkipPerceptual": {}}], "parallel": [{"SkipPerceptual": {"skip": "parallel"}}]}, (True, False)),
+        ({"few": [{"SubnetMask": {"sparsity": 0.3}}], "many": [{"SubnetMask": {"sparsity": 0.5}}]}, (False, True)),
+    ],
+)
+def test_one_condition_is_no_comparison(run: RunData, conditions: dict[str, Any], drawn: tuple[bool, bool]) -> None:
+    names = ["baseline", *conditions]
+    scores = pd.read_parquet(run.folder / "tables/conditions.parquet")
+    rows = [scores[scores["condition"] == "baseline"].assign(condition=name) for name in names]
+    pd.concat(rows).to_parquet(run.folder / "tables/conditions.parquet")
+    info = pd.read_parquet(run.folder / "tables/condition_info.parquet").iloc[: len(names)]
+    info.assign(condition=names, control_of=None).to_parquet(run.folder / "tables/condition_info.parquet")
+    config = yaml.safe_dump({"conditions": {"baseline": [], **conditions}}, sort_keys=False)
+    (run.folder / "config.yaml").write_text(config)
+    data = RunData(run.folder)
+    found = (skipping.skipped_operations(data, WIDE), skipping.subnetworks(data, WIDE))
+    assert tuple(one is not None for one in found) == drawn
+
+
 def test_without_the_sizes_of_the_model_operations_are_not_guessed(run: RunData) -> None:
     (run.folder / "environment.json").write_text(json.dumps({"finished": True}))
     assert skipping.skipping_table(RunData(run.folder)) is None
