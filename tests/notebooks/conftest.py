@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,18 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 SECONDS = 120
+"""Of one processor, per notebook: on an idle core the time it takes, and the same on one that is shared."""
+HANGS = 300
+"""Seconds after which a cell is given up."""
 
 Kinds = list[list[tuple[str, ...]]]
 Check = Callable[[str, Path], None]
+
+
+def processor_seconds() -> float:
+    """Of all child processes that have ended, such as a kernel that was shut down."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def read_notebook(name: str) -> Any:
@@ -71,12 +80,12 @@ def runs_as_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
         stored = read_notebook(name)
         fresh = read_notebook(name)
         client = NotebookClient(
-            fresh, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+            fresh, timeout=HANGS, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
         )
         files = sorted(NOTEBOOKS.rglob("*"))
-        start = time.monotonic()
+        before = processor_seconds()
         client.execute(env=environment)
-        assert time.monotonic() - start < SECONDS
+        assert processor_seconds() - before < SECONDS
         assert kinds(fresh) == kinds(stored)
         assert list(temporary.iterdir()) == []
         assert sorted(NOTEBOOKS.rglob("*")) == files
