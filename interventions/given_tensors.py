@@ -137,6 +137,6 @@ def check_layers(layers: tuple[int, ...], n_layers: int, whose: str) -> None:
     """
     for layer in layers:
         if not 0 <= layer < n_layers:
-            raise InputError(f"{whose}: layer {layer!r} is not one of 0 to {n_layers - 1}")
+            raise InputError(f"{whose}: layer {layer!r} is not one of 0 to {n_layers - 1} (they count from 0)")
     if len(set(layers)) < len(layers):
         raise InputError(f"{whose}: layers {list(layers)} name one twice; name each once")

@@ -24,7 +24,7 @@ from slitlamp.errors import InputError, UnsupportedError, unknown
 from slitlamp.models import Anatomy, Batch, family_of, read_anatomy
 from slitlamp.models.batch import POSITIONS
 from slitlamp.models.encode import encode
-from slitlamp.models.loading import complete, load_processor
+from slitlamp.models.loading import complete, load_processor, quiet_loading
 from slitlamp.models.placement import input_device, weights
 from slitlamp.tracing import AnyEdit, Edit, Probe, Site, Trace, check_sites, session
 from slitlamp.tracing.call import Calls
@@ -105,7 +105,8 @@ class VLM:
         if not folder.is_dir():
             shipped = sorted(one.name for one in ORGANISM_WEIGHTS.glob("seed*"))
             raise InputError(f"no embedded model of seed {seed}; shipped: {', '.join(shipped) or 'none'}")
-        vlm = cls.from_pretrained(folder, dtype=dtype, device=device)
+        with quiet_loading():  # it takes a fifth of a second
+            vlm = cls.from_pretrained(folder, dtype=dtype, device=device)
         vlm.name = f"organism:{seed}"
         return vlm
 

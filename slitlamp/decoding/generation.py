@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,17 @@ class Generation:
     def teacher_forced(self) -> Batch:
         """The prompts with the generated tokens after them, to be run in one forward pass."""
         return self.batch.with_continuation(self.tokens)
+
+    def token_of(self, word: str, row: int = 0) -> int:
+        """The number of the generated token that begins a word (or several), where it first occurs in a row's text.
+
+        Raises:
+            InputError: the text does not hold it.
+        """
+        found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", self.texts[row])
+        if found is None:
+            raise InputError(f"row {row} does not say {word!r}; its text is {self.texts[row]!r}")
+        return next(token for token, (_, end) in enumerate(self.spans[row]) if end > found.start())
 
     @staticmethod
     def of(

@@ -49,6 +49,7 @@ class DatasetConfig(_Strict):
         name: of a data set that comes with slitlamp, or any name for one of your own. A text in place of the mapping
             stands for this key alone.
         take: keep the first n images.
+        skip: leave out this many images before them.
         task: pope or captions; only for a data set of your own.
         questions: file of POPE questions.
         images: folder of the images.
@@ -60,6 +61,7 @@ class DatasetConfig(_Strict):
 
     name: str
     take: int | None = Field(default=None, ge=1)
+    skip: int | None = Field(default=None, ge=0)
     task: Task | None = None
     questions: str | None = None
     images: str | None = None

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import PIL.Image
 
@@ -16,6 +16,10 @@ from slitlamp.evaluation.chair import GroundTruth, Synonyms
 from slitlamp.evaluation.pope_files import read_pope
 from slitlamp.experiments.names import check_name
 from slitlamp.experiments.places import data_folders, inside
+
+if TYPE_CHECKING:
+    from slitlamp.models import Batch
+    from slitlamp.vlm import VLM
 
 Task = Literal["pope", "captions"]
 DEFAULT_TOKENS: dict[Task, int] = {"pope": 8, "captions": 512}
@@ -78,13 +82,39 @@ class Dataset:
         """The image files, each once, in the order of their first item."""
         return list(dict.fromkeys(item.image for item in self.items))
 
-    def take(self, n: int) -> Dataset:
-        """All items of the first `n` images, in order: the same choice every time."""
-        if n < 1:
+    def take(self, n: int | None = None, *, skip: int = 0) -> Dataset:
+        """All items of `n` images (None: of all that follow) after the first `skip`, in order: the same choice every time."""
+        if n is not None and n < 1:
             raise InputError(f"take({n}): expected at least one image")
-        chosen = set(self.images[:n])
+        images = self.images
+        if not 0 <= skip < len(images):
+            raise InputError(f"skip={skip}: expected 0 to {len(images) - 1}, as {self.name!r} has {len(images)} images")
+        chosen = set(images[skip:] if n is None else images[skip : skip + n])
         items = tuple(item for item in self.items if item.image in chosen)
-        return replace(self, items=items, source={**self.source, "take": n} if self.source else {})
+        source = dict(self.source)
+        if source and skip:
+            source |= {"skip": source.get("skip", 0) + skip, "take": len(chosen)}
+        elif source and n is not None:
+            source["take"] = n
+        return replace(self, items=items, source=source)
+
+    def encode(self, vlm: VLM, items: Sequence[Item] | None = None) -> Batch:
+        """Images and prompts of some items (None: of all, so `take` few) as one batch.
+
+        Rows are grouped by image: by its key in the ground truth, which questions and captions about it share.
+        """
+        chosen = self.items if items is None else items
+        batch = vlm.encode(
+            images=[item.image for item in chosen],
+            prompts=[item.prompt for item in chosen],
+            ids=[item.id for item in chosen],
+        )
+        return batch.grouped([self._group(item) for item in chosen])
+
+    def _group(self, item: Item) -> str:
+        truth = self.truth
+        known = truth is not None and (item.image_id in truth.objects or item.image_id in truth.file_names)
+        return str(truth.resolve(item.image_id) if truth is not None and known else item.image_id)
 
     def check(self) -> None:
         """Raise InputError if a prompt is empty, an id appears twice or an image is missing or is not an image.

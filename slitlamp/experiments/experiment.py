@@ -100,9 +100,9 @@ class Experiment:
         allowed = [*folders, *(Path(one).expanduser() for one in config.folders)]
         datasets = []
         for one in config.datasets:
-            data = make_dataset(one.model_dump(exclude_none=True, exclude={"take"}), allowed)
+            data = make_dataset(one.model_dump(exclude_none=True, exclude={"take", "skip"}), allowed)
             limits = [take for take in (one.take, config.take) if take is not None]
-            datasets.append(data.take(min(limits)) if limits else data)
+            datasets.append(data.take(min(limits, default=None), skip=one.skip or 0) if limits or one.skip else data)
         return cls(
             model=config.models or config.model,
             dataset=datasets,

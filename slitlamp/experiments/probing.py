@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from slitlamp.decoding.generation import token_spans
+from slitlamp.decoding.generation import Generation, token_spans
 from slitlamp.errors import InputError
 from slitlamp.experiments import storage
 from slitlamp.experiments.datasets import Dataset, Item
@@ -113,26 +113,29 @@ def labels_of(
 
 
 def labelled_batches(
-    vlm: VLM, data: Dataset, predictions: pd.DataFrame, *, batch_size: int = 16
+    vlm: VLM, data: Dataset, predictions: pd.DataFrame | Generation, *, batch_size: int = 16
 ) -> Iterator[tuple[Batch, list[pd.DataFrame | None]]]:
     """Texts about the items of a data set, as teacher-forced batches with the labels of their tokens: what probes take in.
 
     The texts may come from anywhere: the predictions of a saved run, another system's captions, or your own.
 
-        for batch, labels in labelled_batches(vlm, data, load_run("runs/captions").predictions):
+        for batch, labels in labelled_batches(vlm, data, vlm.generate(data.encode(vlm), max_new_tokens=64)):
             vlm.measure(probe, batch, labels)
 
     Args:
         vlm: the model whose states are to be read; it need not have written the texts.
         data: the images, the prompts, and what is in the images.
-        predictions: a row per text: `item` (the id of an item), and `tokens` (ids of this model's tokenizer) or `text`.
-            Where there is a column `dataset`, rows of other data sets are left out; texts of one `condition` only.
+        predictions: a generation from `data.encode(vlm)`, or a row per text: `item` (the id of an item), and `tokens` (ids of
+            this model's tokenizer) or `text`. Where there is a column `dataset`, rows of other data sets are left out; texts of
+            one `condition` only.
         batch_size: texts per batch.
 
     Raises:
         InputError: no row of this data set, rows of several conditions, items that it lacks or that occur twice,
             neither tokens nor texts, or a text with words that the model's tokenizer does not know.
     """
+    if isinstance(predictions, Generation):
+        predictions = pd.DataFrame({"item": predictions.batch.ids, "tokens": list(predictions.tokens)})
     rows = predictions
     if "dataset" in rows:
         rows = rows[rows["dataset"] == data.name]
@@ -159,7 +162,7 @@ def labelled_batches(
         chosen = items[start : start + batch_size]
         tokens = [ids[place[item.id]] for item in chosen]
         decoded = [token_spans(vlm.tokenizer, row) for row in tokens]
-        batch = encoded(vlm, data, chosen).with_continuation(tokens)
+        batch = data.encode(vlm, chosen).with_continuation(tokens)
         yield batch, labels_of([text for text, _ in decoded], [spans for _, spans in decoded], data, chosen)
 
 
@@ -170,18 +173,3 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
             f"this model has no token for a part of the text {text!r}: its states would be those of another text"
         )
     return ids
-
-
-def encoded(vlm: VLM, data: Dataset, items: Sequence[Item]) -> Batch:
-    """The batch of some items, grouped by image: by its key in the ground truth, which questions and captions share."""
-    return vlm.encode(
-        images=[item.image for item in items],
-        prompts=[item.prompt for item in items],
-        ids=[item.id for item in items],
-    ).grouped([_image(data, item) for item in items])
-
-
-def _image(data: Dataset, item: Item) -> str:
-    truth = data.truth
-    known = truth is not None and (item.image_id in truth.objects or item.image_id in truth.file_names)
-    return str(truth.resolve(item.image_id) if truth is not None and known else item.image_id)

@@ -23,7 +23,7 @@ from slitlamp.experiments.models import load_model
 from slitlamp.experiments.pairs import refused_pairs
 from slitlamp.experiments.perplexity import negative_log_likelihood
 from slitlamp.experiments.plan import Plan
-from slitlamp.experiments.probing import Measured, encoded, give_source, joined, labels_of
+from slitlamp.experiments.probing import Measured, give_source, joined, labels_of
 from slitlamp.experiments.processes import Processes, started_together
 from slitlamp.experiments.run import Run
 from slitlamp.experiments.scores import score
@@ -222,7 +222,7 @@ class Runner:
         vlm, plan = self.vlm, self.plan
         seconds: dict[str, float] = {}
         with _clock(seconds, "encode"):
-            batch = encoded(vlm, data, items)
+            batch = data.encode(vlm, items)
         options: dict[str, Any] = dict(plan.generation)
         if options.get("do_sample"):
             options["seed"] = unit_seed(plan.experiment.seed, unit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,3 +141,17 @@ def _missing(error: Exception, name: str | Path) -> list[str]:
     """The libraries that an error names, elsewhere than in the name of the model, and that are not installed."""
     text = str(error).replace(str(name), "").lower()
     return [one for one in _LIBRARIES if one in text and importlib.util.find_spec(one) is None]
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bar of transformers, for what loads at once; afterwards they are as before."""
+    from transformers.utils import logging as transformers_logging
+
+    drawn = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            transformers_logging.enable_progress_bar()

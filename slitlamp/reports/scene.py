@@ -37,7 +37,12 @@ def scene_panel(image: Image.Image, ax: Axes | None = None, *, title: str = "") 
 
 @styled
 def attention_panel(
-    image: Image.Image, attention: NDArray[np.float64], ax: Axes | None = None, *, title: str = ""
+    image: Image.Image,
+    attention: NDArray[np.float64],
+    ax: Axes | None = None,
+    *,
+    title: str = "",
+    vmax: float | None = None,
 ) -> Axes:
     """The image lit by attention: the patch with the most attention in full light, the others in proportion.
 
@@ -46,13 +51,15 @@ def attention_panel(
         attention: [row, column], one weight per patch, not negative.
         ax: where to draw; a new figure if None.
         title: title of the panel.
+        vmax: the weight of full light; give all panels the same to compare them. By default the largest of this one.
     """
     weights = np.asarray(attention, dtype=np.float64)
     if weights.ndim != 2 or not np.isfinite(weights).all() or weights.min() < 0:
         raise InputError(f"attention is a grid of finite weights that are not negative; found shape {weights.shape}")
     ax = axes_or_new(ax, width=2.4, height=2.4)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
-    light = weights / weights.max() if weights.max() > 0 else weights
+    most = weights.max() if vmax is None else vmax
+    light = np.clip(weights / most, 0, 1) if most > 0 else weights
     light = np.asarray(
         Image.fromarray(light.astype(np.float32)).resize(image.size, Image.Resampling.NEAREST), dtype=np.float64
     )

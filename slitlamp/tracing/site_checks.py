@@ -92,6 +92,6 @@ def _check_numbers(kind: str, numbers: Sequence[int], count: int) -> None:
         raise InputError(f"no {kind} is asked for")
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < count:
-            raise InputError(f"{kind}: {number!r} is not one of 0 to {count - 1}")
+            raise InputError(f"{kind}: {number!r} is not one of 0 to {count - 1} (they count from 0)")
     if len(set(numbers)) != len(numbers):
         raise InputError(f"{kind}: {list(numbers)} names one twice")

@@ -13,6 +13,7 @@ from torch import Tensor
 from slitlamp.errors import InputError, unknown
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
+from slitlamp.models.patches import BASE_VIEW
 from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.nonfinite import NonFinite
 from slitlamp.tracing.sites import _CANONICAL, Site
@@ -218,6 +219,57 @@ class Trace:
     def mask(self, label: str) -> Tensor:
         """bool [row, position], true where a recording is real; shorter rows are padded on the right."""
         return self.record(label).mask
+
+    def attention_map(
+        self,
+        query: int = -1,
+        row: int = 0,
+        *,
+        layers: Iterable[int] | None = None,
+        heads: Iterable[int] | None = None,
+        label: str = "attention",
+        image: int = 0,
+        view: int = BASE_VIEW,
+    ) -> Tensor:
+        """Attention over an image, as recorded with `keys="image"`: the mean over layers and heads, on the grid of the patches.
+
+        Args:
+            query: which of the recorded query rows: of a generation with `queries="last"`, the number of the generated token
+                that it predicts (see `Generation.token_of`).
+            row: of the batch.
+            layers, heads: which of the recorded ones; by default all. Heads by their place in the recording.
+            label: of the recording.
+            image, view: which image of the row, and which of its grids (see `Patches.to_grid`).
+
+        Returns:
+            [row of patches, column of patches], float32 on the CPU.
+
+        Raises:
+            InputError: a recording of another kind, a query that was not recorded, an image without such a grid, or a model that
+                was given other image tokens than those of the batch.
+        """
+        record = self.record(label)
+        site = record.site
+        if not site.is_attention or site.is_vision or site.keys != "image" or site.reduce_keys or site.reduce_queries:
+            raise InputError(f"a map needs attention from single queries to keys='image'; {label!r} is {site!r}")
+        maps = torch.stack(
+            [record[layer][row].float().cpu() for layer in (record.layers if layers is None else layers)]
+        )
+        if site.reduce_heads is None:
+            maps = maps[:, list(heads) if heads is not None else slice(None)].mean(dim=1)
+        real = record.mask[row].cpu().nonzero().flatten()
+        if not -len(real) <= query < len(real):
+            raise InputError(f"query {query} of row {row}: {len(real)} were recorded, counted from 0")
+        assert self.batch is not None
+        patches = self.batch.patches[row]
+        if (image, view) not in patches.grids:
+            raise InputError(f"row {row} has no grid {(image, view)}: (image, view) are {sorted(patches.grids)}")
+        if maps.shape[-1] < len(patches):
+            raise InputError(
+                f"{maps.shape[-1]} keys were recorded for {len(patches)} image tokens: an intervention changed which of them the "
+                "model was given"
+            )
+        return patches.to_grid(maps.mean(dim=0)[real[query], : len(patches)], image=image, view=view)
 
     def to_activation_cache(self, labels: Iterable[str] | None = None) -> ActivationCache:
         """The recordings of one forward pass as a `transformer_lens.ActivationCache`; see

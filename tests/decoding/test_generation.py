@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slitlamp.decoding.generation import token_spans
 from slitlamp.errors import InputError, UnsupportedError
+from slitlamp.experiments import load_dataset
 from slitlamp.vlm import VLM
 
 
@@ -167,3 +168,15 @@ def test_a_character_that_is_never_completed_stays_inside_the_text():
     ids = tokenizer("cat 🐕")["input_ids"][:-1]
     text, spans = token_spans(tokenizer, ids)
     assert all(0 <= a <= b <= len(text) for a, b in spans)
+
+
+def test_the_token_that_begins_a_word(organism: VLM) -> None:
+    data = load_dataset("emoji_scenes/captions").take(2)
+    generation = organism.generate(data.encode(organism), max_new_tokens=24)
+    for row, text in enumerate(generation.texts):
+        word = text.split()[3]
+        start, end = generation.spans[row][generation.token_of(word, row)]
+        assert text[start:end].strip() == word[: end - start]
+        assert start == text.index(f" {word} ") + 1
+    with pytest.raises(InputError, match="row 0 does not say 'imag'"):
+        generation.token_of("imag")

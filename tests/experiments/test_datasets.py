@@ -9,8 +9,17 @@ import PIL.Image
 import pytest
 
 from slitlamp.errors import InputError, UnknownNameError
-from slitlamp.experiments import Dataset, captions_dataset, dataset_names, load_dataset, pope_dataset
+from slitlamp.experiments import (
+    Config,
+    Dataset,
+    Experiment,
+    captions_dataset,
+    dataset_names,
+    load_dataset,
+    pope_dataset,
+)
 from slitlamp.experiments.datasets import make_dataset
+from slitlamp.vlm import VLM
 
 
 @pytest.mark.parametrize("name", dataset_names())
@@ -136,3 +145,28 @@ def test_captions_of_chosen_ids(data_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "instances.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="expected 'images' with 'id' and 'file_name'"):
         captions_dataset(files[0], tmp_path / "instances.json", files[2])
+
+
+def test_take_and_skip_are_a_split_and_can_be_made_again_from_the_configuration() -> None:
+    data = load_dataset("emoji_scenes/captions")
+    first, rest = data.take(40), data.take(16, skip=40)
+    assert [item.id for item in rest.items] == [item.id for item in data.items[40:56]]
+    assert not set(first.images) & set(rest.images)
+    assert data.take(skip=250).items == data.items[250:]
+    again = rest.take(5, skip=2)
+    assert again.items == data.items[42:47]
+    assert again.source == {"name": "emoji_scenes/captions", "skip": 42, "take": 5}
+    config = Config.model_validate({"datasets": [dict(again.source)]})
+    assert Experiment.from_config(config).dataset == [again]
+    questions = load_dataset("emoji_scenes/pope_random").take(3, skip=1)
+    assert len(questions) == 18
+    with pytest.raises(InputError, match="skip=256: expected 0 to 255"):
+        data.take(1, skip=256)
+
+
+def test_a_data_set_encodes_itself_grouped_by_image(organism: VLM) -> None:
+    data = load_dataset("emoji_scenes/pope_random").take(2)
+    batch = data.encode(organism)
+    assert batch.ids == tuple(item.id for item in data.items)
+    assert len(set(batch.groups)) == 2
+    assert data.encode(organism, data.items[3:5]).size == 2

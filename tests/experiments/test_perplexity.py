@@ -12,7 +12,6 @@ import torch
 
 from interventions import HeadReinforcement
 from slitlamp.experiments import Dataset, Experiment, Run
-from slitlamp.experiments.probing import encoded
 from slitlamp.reports.data import RunData
 from slitlamp.reports.dose import dose_curve, dose_findings, dose_response, dose_response_note, dose_scores, doses
 
@@ -37,7 +36,7 @@ def test_it_is_that_of_the_plain_model_token_by_token(run: Run, vlm: Any, captio
     """Each text by itself through the Hugging Face model, with no batch, no padding and nothing in force."""
     texts = run.predictions.query("dataset == @captions.name and condition == 'x9'")
     for item, row in zip(captions.items, texts.to_dict("records"), strict=True):
-        batch = encoded(vlm, captions, [item]).with_continuation([row["tokens"]])
+        batch = captions.encode(vlm, [item]).with_continuation([row["tokens"]])
         with torch.no_grad():
             log_p = vlm.model(**batch.inputs()).logits[0].log_softmax(dim=-1)
         n = len(row["tokens"])

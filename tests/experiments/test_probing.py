@@ -17,7 +17,6 @@ from slitlamp.decoding.edits import scale_heads
 from slitlamp.errors import InputError, RunFolderError, UnknownNameError
 from slitlamp.experiments import Dataset, Experiment, Run, labelled_batches, pope_dataset
 from slitlamp.experiments.config import ModelConfig
-from slitlamp.experiments.probing import encoded
 from slitlamp.experiments.publish import publish
 from slitlamp.experiments.summary import summary
 from slitlamp.models import Anatomy
@@ -90,6 +89,11 @@ def test_texts_of_a_saved_run_and_own_texts_are_taken_in_as_the_run_took_them(
     for name in ("tokens", "backwards"):  # the order is that of the data set
         found = probes[name].result().tables["heads"]["vhd"].to_numpy()
         assert found == pytest.approx(expected, rel=1e-5)
+    generation = vlm.generate(captions.encode(vlm), max_new_tokens=4)
+    plain = pd.DataFrame({"item": generation.batch.ids, "tokens": list(generation.tokens)})
+    (one,), (other,) = (list(labelled_batches(vlm, captions, given, batch_size=64)) for given in (generation, plain))
+    assert torch.equal(one[0].input_ids, other[0].input_ids)
+    assert all(a.equals(b) for a, b in zip(one[1], other[1], strict=True))
     said = f"a picture with a {sorted(captions.truth.objects[captions.items[0].image_id])[0]} and a cat ."
     own = pd.DataFrame({"item": [captions.items[0].id], "text": [said]})
     ((batch, (table,)),) = labelled_batches(vlm, captions, own)
@@ -105,10 +109,10 @@ def test_captions_and_questions_about_an_image_are_of_one_group(vlm: Any, captio
     """Captions know an image by its id, questions by its file: what is held out of one must be held out of the other."""
     truth = {"instances": data_folder / "instances.json", "synonyms": data_folder / "synonyms.txt"}
     questions = pope_dataset(data_folder / "pope.jsonl", data_folder / "images", name="q", **truth)
-    groups = [encoded(vlm, data, data.items).groups for data in (captions, questions)]
+    groups = [data.encode(vlm, data.items).groups for data in (captions, questions)]
     assert list(dict.fromkeys(groups[1])) == list(groups[0])
     bare = pope_dataset(data_folder / "pope.jsonl", data_folder / "images", name="q")
-    assert encoded(vlm, bare, bare.items).groups[0] == bare.items[0].image.name
+    assert bare.encode(vlm, bare.items).groups[0] == bare.items[0].image.name
 
 
 def test_texts_that_cannot_be_placed_are_refused(run: Run, vlm: Any, captions: Dataset) -> None:

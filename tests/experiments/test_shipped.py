@@ -16,7 +16,7 @@ from slitlamp.errors import MissingModelError
 from slitlamp.experiments import Experiment, load_dataset, read_config
 from slitlamp.experiments.conditions import make_conditions
 from slitlamp.experiments.places import data_folders
-from slitlamp.experiments.probing import encoded, labels_of
+from slitlamp.experiments.probing import labels_of
 from slitlamp.organism.training import TrainingConfig
 from slitlamp.vlm import VLM
 
@@ -140,7 +140,7 @@ def test_the_direction_scores_mentions_of_the_embedded_model_as_its_file_says(or
     file, data = TruthfulFile.read(DIRECTION, "the file"), load_dataset("emoji_scenes/captions")
     detector, probe = file.detectors["probe"], TruthfulDirection(layers=[file.layer], anchors=False)
     items = [one for one in data.items if one.image in data.images[-24:]]
-    written = organism.generate(encoded(organism, data, items), max_new_tokens=64)
+    written = organism.generate(data.encode(organism, items), max_new_tokens=64)
     labels = labels_of(written.texts, written.spans, data, items)
     organism.measure(probe, written.teacher_forced(), labels)
     scores = detector.score(probe.states(file.layer))

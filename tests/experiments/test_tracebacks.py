@@ -11,7 +11,6 @@ import torch
 from interventions import TruthfulPreIntervention
 from slitlamp.experiments import Dataset, Experiment
 from slitlamp.experiments.folder import Unit
-from slitlamp.experiments.probing import encoded
 from slitlamp.experiments.runner import Runner
 from slitlamp.tracing import sites
 from slitlamp.vlm import VLM
@@ -22,7 +21,7 @@ def often(vlm: VLM, captions: Dataset) -> TruthfulPreIntervention:
     """Above its threshold are about half of the steps of what the model says."""
     direction = torch.randn(vlm.anatomy.d_model, generator=torch.Generator().manual_seed(0))
     with vlm.trace(sites.resid_post([1], "before_generated")) as trace:
-        vlm.generate(encoded(vlm, captions, captions.items), max_new_tokens=12)
+        vlm.generate(captions.encode(vlm, captions.items), max_new_tokens=12)
     scores = (trace["resid_post"][1] @ direction).flatten().tolist()
     probe = {"direction": direction.tolist(), "intercept": 0.0, "layer": 1, "true_scores": scores}
     return TruthfulPreIntervention(probe, fpr=0.5, steps="every")
@@ -45,7 +44,7 @@ def experiment(vlm: VLM, data: Dataset, output: Path, method: TruthfulPreInterve
 def test_tracebacks_are_counted(vlm: VLM, captions: Dataset, tmp_path: Path, often: TruthfulPreIntervention) -> None:
     found = experiment(vlm, captions, tmp_path / "run", often, perplexity=True).run().predictions
     with vlm.apply(often):
-        generation = vlm.generate(encoded(vlm, captions, captions.items), max_new_tokens=12)
+        generation = vlm.generate(captions.encode(vlm, captions.items), max_new_tokens=12)
     wanted = [sum(not one.capped for one in log) for log in generation.tracebacks]
     assert sum(wanted) > 3
     by_condition = found.groupby("condition")["tracebacks"]

@@ -21,7 +21,7 @@ from probes.truthful_file import N_RANDOM, Detector, TruthfulFile
 from slitlamp.errors import InputError, UnknownNameError
 from slitlamp.evaluation.operating_points import threshold_at_fpr
 from slitlamp.experiments.places import data_folders
-from slitlamp.experiments.probing import encoded, labels_of
+from slitlamp.experiments.probing import labels_of
 from slitlamp.models import Batch
 from slitlamp.vlm import VLM
 
@@ -39,7 +39,7 @@ def fitted(organism: VLM, data: Any) -> TruthfulDirection:
     """A planted truth: of everything that is named in the last 96 images, persons are hallucinations, and nothing else."""
     probe = TruthfulDirection(layers=[2, 3], anchors=False, n_folds=3, strengths=[1.0, 0.01], n_resamples=50)
     items = data.items[-96:]
-    written = organism.generate(encoded(organism, data, items), max_new_tokens=48)
+    written = organism.generate(data.encode(organism, items), max_new_tokens=48)
     labels = labels_of(written.texts, written.spans, data, items)
     for table in labels:
         named = table["category"].notna()
@@ -56,7 +56,7 @@ def path(fitted: TruthfulDirection, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def batch(organism: VLM, data: Any) -> Batch:
     """Of other images, in some of whose captions there are persons."""
-    return encoded(organism, data, data.items[:48])
+    return data.encode(organism, data.items[:48])
 
 
 # -- the file -------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_random_places_are_as_many_and_depend_on_the_row_alone(organism: VLM, da
     for select, seed in (("probe", 0), ("random_places", 0), ("random_places", 1)):
         with organism.apply(TruthfulPreIntervention(SHIPPED, fpr=0.1, select=select, seed=seed)):
             generation = organism.generate(batch, max_new_tokens=40)
-            alone = organism.generate(encoded(organism, data, data.items[:1]), max_new_tokens=40)
+            alone = organism.generate(data.encode(organism, data.items[:1]), max_new_tokens=40)
         assert alone.tokens[0] == generation.tokens[0]
         counts[select, seed] = [len(log) for log in generation.tracebacks]
         texts[select, seed] = generation.tokens

@@ -290,3 +290,13 @@ def test_every_figure_has_a_caption_with_n_and_sentences(demo_run: Path, name: s
         assert not set("{}") & set(text)
         assert text[0] == text[0].upper()
         assert "nan" not in text
+
+
+def test_attention_panels_of_one_maximum_can_be_compared() -> None:
+    image = Image.new("RGB", (4, 4), "white")
+    weights = np.array([[0.1, 0.2], [0.0, 0.4]])
+    own, same = (scene.attention_panel(image, weights, vmax=vmax).images[0].get_array() for vmax in (None, 0.8))
+    assert own.max() == pytest.approx(1)
+    dark = own.min()
+    assert same.max() == pytest.approx((1 + dark) / 2)
+    assert scene.attention_panel(image, weights, vmax=0.1).images[0].get_array().max() == pytest.approx(1)

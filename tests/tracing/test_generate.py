@@ -8,7 +8,10 @@ import copy
 import pytest
 import torch
 
+from slitlamp.errors import InputError
+from slitlamp.experiments import load_dataset
 from slitlamp.tracing import sites
+from slitlamp.vlm import VLM
 
 STEPS = 6
 
@@ -193,3 +196,25 @@ def test_two_traces_of_one_generation_hold_what_each_alone_holds(llava, image):
         for layer, values in forced["attention"].items():
             close(second["image"][layer] if layer == 1 else values, values)
             close(first["h"][layer], values[:, [1]])
+
+
+def test_a_map_of_attention_is_the_recording_on_the_grid(organism: VLM) -> None:
+    batch = load_dataset("emoji_scenes/captions").take(3).encode(organism)
+    with organism.trace(sites.attention(), sites.z(), sites.attention(reduce_heads="mean", label="mean")) as trace:
+        generation = organism.generate(batch, max_new_tokens=30)
+    weights = trace["attention"].stack()  # [layer, batch, head, query, key]
+    longest = max(map(len, generation.tokens))
+    for row, tokens in enumerate(generation.tokens):
+        found = trace.attention_map(3, row, layers=[1, 4], heads=[0, 5])
+        expected = weights[[1, 4], row][:, [0, 5], 3].mean(dim=(0, 1)).unflatten(-1, (8, 8))
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(trace.attention_map(3, row), trace.attention_map(3, row, label="mean"))
+        last = trace.attention_map(row=row)
+        torch.testing.assert_close(last, weights[:, row, :, len(tokens) - 1].mean(dim=(0, 1)).unflatten(-1, (8, 8)))
+        if len(tokens) < longest:
+            with pytest.raises(InputError, match=f"query {len(tokens)} of row {row}: {len(tokens)} were recorded"):
+                trace.attention_map(len(tokens), row)
+    with pytest.raises(InputError, match="a map needs attention from single queries"):
+        trace.attention_map(label="z")
+    with pytest.raises(InputError, match="has no grid"):
+        trace.attention_map(image=1)
