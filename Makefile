@@ -44,10 +44,13 @@ bench: .venv/.package
 	  [ -e "$$script" ] || continue; found=1; echo "== $$script"; $(BIN)/python "$$script"; \
 	done; [ -n "$$found" ] || echo "There are no benchmarks yet (benchmarks/*.py)."
 
+# In place, outputs kept; metadata that change with every run are not.
 notebooks: .venv/.notebooks
 	@found=; for notebook in notebooks/*.ipynb; do \
 	  [ -e "$$notebook" ] || continue; found=1; echo "== $$notebook"; \
-	  $(BIN)/jupyter nbconvert --to notebook --execute --output-dir runs/notebooks "$$notebook"; \
+	  OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace \
+	    --ExecutePreprocessor.record_timing=False --ClearMetadataPreprocessor.enabled=True \
+	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask="['kernelspec', ('language_info', 'name')]" "$$notebook"; \
 	done; [ -n "$$found" ] || echo "There are no notebooks yet (notebooks/*.ipynb)."
 
 clean:
