@@ -183,12 +183,20 @@ def publish(
         "experiments/results"
     ),
 ) -> None:
-    """Copy the figures, small tables, configuration and environment of runs to a folder that is kept under version control."""
+    """Copy the figures, small tables, configuration and environment of runs to a folder that is kept under version control.
+
+    Where that is the folder `results` beside YAML files, README.md beside them is written anew: what the runs show.
+    """
     from slitlamp.experiments import load_run
     from slitlamp.experiments.publish import publish as copy
+    from slitlamp.reports.papers import CLAIMS
+    from slitlamp.reports.papers.page import RESULTS, write_page
 
     for folder in folders:
         out.print(Text(str(copy(load_run(folder), to))), soft_wrap=True)
+    beside = to.resolve().parent
+    if to.resolve().name == RESULTS and any(beside.glob("*.yaml")):
+        out.print(Text(str(write_page(beside, CLAIMS))), soft_wrap=True)
 
 
 def _report(run: Run) -> None:

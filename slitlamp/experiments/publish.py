@@ -67,8 +67,8 @@ def _page(run: Run, name: str, figures: list[str]) -> str:
     """What a run found, and its figures."""
     environment = run.environment
     one = next(iter(environment["models"].values())) if "models" in environment else environment
-    made = f"`slitlamp run {name}`, {_seconds(environment)} s on {one['device']}, seed {one['seed']}."
-    lines = [f"# {run.config.get('title') or name}", "", made, "", *(f"- {_plain(line)}" for line in summary(run))]
+    made = f"`slitlamp run {name}`, {seconds_of(environment)} s on {one['device']}, seed {one['seed']}."
+    lines = [f"# {run.config.get('title') or name}", "", made, "", *(f"- {plain(line)}" for line in summary(run))]
     return "\n".join(lines + [part for one in figures for part in ("", f"![{one.removesuffix('.png')}]({one})")]) + "\n"
 
 
@@ -80,16 +80,17 @@ def _index(folder: Path) -> str:
         name = config.parent.name
         title = yaml.safe_load(config.read_text(encoding="utf-8")).get("title") or ""
         lines.append(
-            f"| [{name}]({name}/{README}) | {_plain(title)} | {_seconds(storage.read_json(config.parent / ENVIRONMENT))} |"
+            f"| [{name}]({name}/{README}) | {plain(title)} | {seconds_of(storage.read_json(config.parent / ENVIRONMENT))} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _seconds(environment: dict[str, Any]) -> int:
+def seconds_of(environment: dict[str, Any]) -> int:
+    """How long a run took, by its environment."""
     return round(environment["timing"]["total"])
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """As Markdown shows it: no character of it is markup."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
 
