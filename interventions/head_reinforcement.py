@@ -88,12 +88,18 @@ class HeadReinforcement(Intervention):
         fixed = self._fixed(anatomy)
         if fixed is not None and self.select not in ("divergent", "random"):
             raise InputError(f"{self.name}: fixed heads have no control {self.select!r}; the one they have is 'random'")
-        for layer in self._layers(anatomy, fixed):
-            if not 0 <= layer < anatomy.n_layers:
-                raise InputError(f"{self.name}: layer {layer!r} is not one of 0 to {anatomy.n_layers - 1}")
+        named = self.layers if fixed is None else [layer for layer, _ in fixed]
+        for layer in named or ():
+            if not (-anatomy.n_layers if fixed is None else 0) <= layer < anatomy.n_layers:
+                raise InputError(
+                    f"{self.name}: layer {layer!r} is not one of the {anatomy.n_layers} layers, which are numbered from 0, or "
+                    "from -1 at the end; name layers that the model has"
+                )
         for _, head in fixed or ():
             if not 0 <= head < anatomy.n_heads:
-                raise InputError(f"{self.name}: head {head!r} is not one of 0 to {anatomy.n_heads - 1}")
+                raise InputError(
+                    f"{self.name}: head {head!r} is not one of 0 to {anatomy.n_heads - 1}; name heads that the model has"
+                )
 
     def _fixed(self, anatomy: Anatomy) -> list[tuple[int, int]] | None:
         """The fixed heads as (layer, head) pairs; None where heads are chosen."""

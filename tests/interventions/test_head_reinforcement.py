@@ -160,7 +160,7 @@ def test_controls_keep_the_number_of_heads_and_the_mean_factor() -> None:
         ({"alpha": -1.0}, "alpha"),
         ({"alpha": float("nan")}, "alpha"),
         ({"layers": [7]}, "layer 7"),
-        ({"layers": [-4]}, "layer -1"),
+        ({"layers": [-4]}, "layer -4 is not one of the 3 layers"),
         ({"heads": [(0, 9)]}, "head 9"),
         ({"ddof": 2}, "ddof"),
     ],

@@ -20,6 +20,7 @@ from slitlamp.reports.papers.claims import (
     rows,
     together,
 )
+from slitlamp.reports.wording import number
 
 PAPER: Final = "IMA"
 CHECKPOINTS: Final = "the checkpoints of `slitlamp train-organism`, or `models` of your own"
@@ -104,20 +105,27 @@ def subnetworks(tables: Tables) -> Finding:
     shuffled = float(row["shuffled"].iloc[0])
     return Finding(
         judged.verdict,
-        f"{judged.text} (random masks {random:.3f}; the same weights with shuffled norms {shuffled:.3f}, so that most of it is "
-        "the weights' own)",
+        f"{judged.text} (random masks {number(random)}; the same weights with shuffled norms {number(shuffled)}, so that most of "
+        "it is the weights' own)",
     )
 
 
 def task_overlap(tables: Tables) -> Finding:
-    """Figure 22. Subnetworks of one kind of token on two data sets overlap more than random masks."""
+    """Figure 22. Subnetworks of one kind of token on captions and on each set of questions overlap more than random masks.
+
+    Sets of questions are not compared with each other: they share their images.
+    """
+    found = rows(tables, "subnetworks_compare_tasks", type="all", sparsity=SPARSITY)
+    captions = [found[side].astype(str).str.endswith("captions") for side in ("dataset_a", "dataset_b")]
+    found = found[(captions[0] != captions[1]) & (found["tokens_a"] == found["tokens_b"])]
+    if found.empty:
+        raise Lacking("no pair of captions and questions")
     parts = []
-    for kind, name in (("image, other data", "image tokens"), ("text, other data", "text tokens")):
-        row = rows(tables, "subnetworks_compare_tasks_by_kind", type="all", sparsity=SPARSITY, kind=kind)
-        random = float(row["random"].iloc[0])
-        parts.append(
-            lies(estimate(row, "iou"), "above", random, f"IoU of {name} of two data sets (random {random:.3f})")
-        )
+    for tokens, pairs in found.groupby("tokens_a", sort=False):
+        least = pairs.loc[[pairs["iou"].idxmin()]]
+        random = float(least["random"].iloc[0])
+        text = f"IoU of {tokens} tokens of captions and questions, the least of {len(pairs)} (random {number(random)})"
+        parts.append(lies(estimate(least, "iou"), "above", random, text))
     return together(*parts)
 
 
