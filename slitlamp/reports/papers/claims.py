@@ -117,6 +117,14 @@ def estimate(found: pd.DataFrame, value: str = "value", low: str = "low", high: 
     return Estimate.of(found.iloc[0].to_dict(), value, low, high)
 
 
+def best(found: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The row with the largest number. Raises Lacking where all are unknown."""
+    known = found[found[column].notna()]
+    if known.empty:
+        raise Lacking(f"no known {column}")
+    return known.loc[[known[column].idxmax()]]
+
+
 def difference(tables: Tables, condition: str, reference: str, metric: str) -> Estimate:
     """Condition minus reference, paired by image: of captions for CHAIR and recall, else of POPE, all splits together."""
     found = rows(tables, "differences", condition=condition, reference=reference, metric=metric)

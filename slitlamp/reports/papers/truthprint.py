@@ -13,6 +13,7 @@ from slitlamp.reports.papers.claims import (
     Lacking,
     Tables,
     apart,
+    best,
     chair,
     changes,
     difference,
@@ -32,9 +33,9 @@ LR_PLUS: Final = 20.0
 def scores(tables: Tables) -> Finding:
     """Distributions of scores. States before objects tell hallucinated from true: AUROC of the best layer above .5."""
     found = rows(tables, "truthful_direction_layers", method=METHOD)
-    best = found.loc[[found["auroc"].idxmax()]]
-    judged = lies(estimate(best, "auroc"), "above", 0.5, f"AUROC of layer {int(best['layer'].iloc[0])}")
-    control = estimate(best, "control_auroc", "control_low", "control_high")
+    layer = best(found, "auroc")
+    judged = lies(estimate(layer, "auroc"), "above", 0.5, f"AUROC of layer {int(layer['layer'].iloc[0])}")
+    control = estimate(layer, "control_auroc", "control_low", "control_high")
     return Finding(
         judged.verdict,
         f"{judged.text}, the best of its layers; random labels of the objects reach {control.text()}, so that what an object is "
@@ -57,14 +58,13 @@ def layers(tables: Tables) -> Finding:
     found = found[found["layer"] >= 0].sort_values("layer")
     if len(found) < 3:
         raise Lacking("fewer than three blocks")
-    between = found.iloc[1:-1]
-    best = between.loc[[between["auroc"].idxmax()]]
+    between = best(found.iloc[1:-1], "auroc")
     ends = [estimate(found.iloc[[place]], "auroc") for place in (0, -1)]
-    middle = estimate(best, "auroc")
+    middle = estimate(between, "auroc")
     judged = together(*(apart(middle, "above", end, "") for end in ends))
     return Finding(
         judged.verdict,
-        f"AUROC {middle.text()} after block {int(best['layer'].iloc[0])}, {ends[0].text()} after the first, {ends[1].text()} "
+        f"AUROC {middle.text()} after block {int(between['layer'].iloc[0])}, {ends[0].text()} after the first, {ends[1].text()} "
         "after the last",
     )
 
@@ -81,22 +81,23 @@ def transfer_data(tables: Tables) -> Finding:
 
 def _transfer(tables: Tables, varies: str, source: str, target: str) -> Finding:
     found = rows(tables, "truthful_direction_compare_transfer", varies=varies)
-    parts, best = [], []
+    parts, reached = [], []
     for _, pair in found.groupby([source, target], sort=False):
         aligned = pair[pair["alignment"] == "subspace"]
         plain = pair[pair["alignment"] == "none"]
         if aligned.empty or plain.empty:
             raise Lacking("no subspace alignment beside none")
-        aligned = aligned.loc[[aligned["auroc"].idxmax()]]
-        parts.append(apart(estimate(aligned, "auroc"), "above", estimate(plain, "auroc"), "{first} ({second})"))
-        best.append(estimate(pair.loc[[pair["auroc"].idxmax()]], "auroc").value)
+        parts.append(
+            apart(estimate(best(aligned, "auroc"), "auroc"), "above", estimate(plain, "auroc"), "{first} ({second})")
+        )
+        reached.append(estimate(best(pair, "auroc"), "auroc").value)
     better, worse = (sum(one.verdict == verdict for one in parts) for verdict in (AGREES, DIFFERS))
     shown = parts[:2] if len(parts) > 2 else parts
     return Finding(
         together(*parts).verdict,
         f"AUROC with subspace alignment (without any), best number of components: {', '.join(one.text for one in shown)}"
         f"{', ...' if len(parts) > len(shown) else ''}; better in {better} and worse in {worse} of {len(parts)} transfers; the "
-        f"best of all alignments reaches {min(best):.2f} to {max(best):.2f}",
+        f"best of all alignments reaches {min(reached):.2f} to {max(reached):.2f}",
     )
 
 
