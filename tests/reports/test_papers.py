@@ -126,7 +126,7 @@ AGREEING: list[tuple[str, str, list[tuple[str, str, float]], list[tuple[str, str
         [("fpr_0.1", "greedy", 0.0), ("fpr_0.1", "fpr_0.1_random_places", 0.0)],
     ),
     ("DAMRO", "main table, POPE", [("damro", "original", 0.1)], []),
-    ("DAMRO", "main table, CHAIR", [("damro", "original", -0.1)], [("damro", "vcd", 0.0), ("damro", "m3id", 0.0)]),
+    ("DAMRO", "main table, CHAIR", [("damro", "original", -0.1), ("damro", "m3id", -0.1)], [("damro", "vcd", 0.0)]),
     (
         "DAMRO",
         "ablation, alpha",

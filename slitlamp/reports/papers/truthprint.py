@@ -113,7 +113,9 @@ def traceback_time(tables: Tables) -> Finding:
     """Tracebacks against time. A run has one time of each condition and no interval, so that nothing is decided from it."""
     plain = seconds(tables, "baseline")
     shown = [f"{seconds(tables, f'max_tracebacks_{n}') / plain:.1f} with {n}" for n in (1, 2, 3, 5)]
-    return Finding(OPEN, f"times the plain time: {', '.join(shown)}; of one run: no interval")
+    return Finding(
+        OPEN, f"times the plain time: {', '.join(shown)} tracebacks; one run on shared cores, so no interval"
+    )
 
 
 def table(tables: Tables) -> Finding:
