@@ -81,9 +81,11 @@ class Differences(Mapping[str, pd.DataFrame]):
     def __init__(self, *rows: tuple[str, str, float], half: float = 0.01) -> None:
         every: Rows = []
         for condition, reference, value in rows:
-            for metric in ("chair_i", "recall", "accuracy", "f1"):
-                captions = metric in ("chair_i", "recall")
-                change = 0.0 if metric == "recall" else value
+            for metric, captions in (
+                *((metric, True) for metric in ("chair_i", "recall", "f1")),  # captions have an F1 of their own
+                *((metric, False) for metric in ("accuracy", "f1")),
+            ):
+                change = 0.0 if captions and metric != "chair_i" else value
                 every.append(
                     row(
                         change,

@@ -125,20 +125,22 @@ def best(found: pd.DataFrame, column: str) -> pd.DataFrame:
     return known.loc[[known[column].idxmax()]]
 
 
-def difference(tables: Tables, condition: str, reference: str, metric: str) -> Estimate:
-    """Condition minus reference, paired by image: of captions for CHAIR and recall, else of POPE, all splits together."""
-    found = rows(tables, "differences", condition=condition, reference=reference, metric=metric)
-    task = "captions" if (found["task"] == "captions").any() else "pope"
-    found = found[found["task"] == task]
+def difference(
+    tables: Tables,
+    condition: str,
+    reference: str,
+    metric: str = "chair_i",
+    task: Literal["captions", "pope"] = "captions",
+) -> Estimate:
+    """Condition minus reference, paired by image; of POPE all splits together where they are."""
+    found = rows(tables, "differences", condition=condition, reference=reference, metric=metric, task=task)
     whole = found[found["dataset"].astype(str).str.endswith("pope_all")]
     return estimate(found if whole.empty else whole)
 
 
 def chair(tables: Tables, condition: str, reference: str, side: Side) -> Finding:
     """CHAIR_i of a condition against another, with recall beside it, without which a low CHAIR says nothing."""
-    judged = changes(
-        difference(tables, condition, reference, "chair_i"), side, f"CHAIR_i of {condition} minus {reference}"
-    )
+    judged = changes(difference(tables, condition, reference), side, f"CHAIR_i of {condition} minus {reference}")
     recall = difference(tables, condition, reference, "recall")
     return Finding(judged.verdict, f"{judged.text}, recall {recall.text(signed=True)}")
 

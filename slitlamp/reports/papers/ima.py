@@ -196,10 +196,10 @@ def _correlation(tables: Tables, metric: str, side: str) -> Finding:
 
 def skipping(tables: Tables) -> Finding:
     """Figure 11. Image tokens that pass every second MLP by lose less than 5 points of accuracy, by the whole interval."""
-    half = difference(tables, "ffn_half", "baseline", "accuracy")
+    half = difference(tables, "ffn_half", "baseline", "accuracy", "pope")
     judged = lies(half, "above", -MARGIN, "accuracy on questions without every second MLP of image tokens")
-    more = difference(tables, "ffn_every", "baseline", "accuracy")
-    caption = difference(tables, "ffn_every", "baseline", "chair_i")
+    more = difference(tables, "ffn_every", "baseline", "accuracy", "pope")
+    caption = difference(tables, "ffn_every", "baseline")
     return Finding(
         judged.verdict,
         f"{judged.text}, without all between the first and the last {more.text(signed=True)}, CHAIR_i of captions then "
@@ -212,7 +212,7 @@ def alpha_subnet(tables: Tables) -> Finding:
     return together(
         *(
             changes(
-                difference(tables, "alpha_0.5", f"alpha_0.5_{control}", "accuracy"),
+                difference(tables, "alpha_0.5", f"alpha_0.5_{control}", "accuracy", "pope"),
                 "above",
                 f"accuracy of the alpha-SubNet minus that of {name}",
             )

@@ -104,7 +104,7 @@ def _transfer(tables: Tables, varies: str, source: str, target: str) -> Finding:
 def tracebacks(tables: Tables) -> Finding:
     """Tracebacks against CHAIR. One lowers CHAIR_i, and five do not lower it further than one."""
     few = chair(tables, "max_tracebacks_1", "baseline", "below")
-    more = difference(tables, "max_tracebacks_5", "max_tracebacks_1", "chair_i")
+    more = difference(tables, "max_tracebacks_5", "max_tracebacks_1")
     further = DIFFERS if more.high < 0 else AGREES if more.low >= 0 else OPEN
     return together(few, Finding(further, f"CHAIR_i with 5 minus with 1 {more.text(signed=True)}"))
 
@@ -122,7 +122,7 @@ def table(tables: Tables) -> Finding:
     """The main table. CHAIR_i is lower under pre-intervention than in greedy decoding, at the paper's false-positive rate."""
     judged = chair(tables, "fpr_0.01", "greedy", "below")
     more = chair(tables, "fpr_0.1", "greedy", "below")
-    control = difference(tables, "fpr_0.1", "fpr_0.1_random_places", "chair_i")
+    control = difference(tables, "fpr_0.1", "fpr_0.1_random_places")
     return Finding(
         judged.verdict,
         f"{judged.text}; {more.text}, minus as many stops at random places {control.text(signed=True)}",
