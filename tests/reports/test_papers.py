@@ -206,11 +206,21 @@ def test_training_compares_the_first_with_the_last_checkpoint(rise: float, verdi
 
 
 def test_correlations_have_the_sign_of_the_paper() -> None:
-    common = {"kind": "same_layer", "variant": "raw", "of": "alignment", "method": "spearman", "n_models": 9}
-    found = [{**common, "metric": metric, "r": -0.8, "low": -0.9, "high": -0.5} for metric in ("accuracy", "chair_i")]
+    common = {"kind": "same_layer", "variant": "raw", "method": "spearman", "n_models": 9}
+    found = [
+        {**common, "of": of, "metric": metric, "r": r, "low": r - 0.1, "high": r + 0.1}
+        for metric in ("accuracy", "chair_i")
+        for of, r in (("training step", 0.5), ("alignment", -0.8))
+    ]
     both = tables(implicit_alignment_compare_correlations=found)
     assert claim("IMA", "figure 9").finding(both).verdict == DIFFERS
     assert claim("IMA", "figure 10").finding(both).verdict == AGREES
+    assert "over 9 models \N{MINUS SIGN}.800" in claim("IMA", "figure 10").finding(both).text
+    assert (
+        claim("IMA", "figure 10")
+        .finding(both)
+        .text.endswith("(of the training step alone .500 [.400,\N{NO-BREAK SPACE}.600])")
+    )
 
 
 def test_blocks_in_which_alignment_rises_are_counted() -> None:

@@ -11,6 +11,7 @@ from slitlamp.reports.papers.claims import (
     Claim,
     Finding,
     Lacking,
+    Side,
     Tables,
     apart,
     changes,
@@ -184,14 +185,16 @@ def hallucination(tables: Tables) -> Finding:
     return _correlation(tables, "chair_i", "below")
 
 
-def _correlation(tables: Tables, metric: str, side: str) -> Finding:
-    found = rows(
-        tables, "implicit_alignment_compare_correlations", kind="same_layer", variant="raw", metric=metric,
-        of="alignment", method="spearman",
-    )  # fmt: skip
-    r = estimate(found, "r")
+def _correlation(tables: Tables, metric: str, side: Side) -> Finding:
+    """The rank correlation with a score; beside it that of the training step, which checkpoints of one training share with it."""
+    table = rows(tables, "implicit_alignment_compare_correlations", metric=metric, method="spearman")
+    table = table[(table["kind"] == "same_layer") & (table["variant"] == "raw")]
+    found = rows({"correlations": table}, "correlations", of="alignment")
     n = int(found["n_models"].iloc[0])
-    return lies(r, "above" if side == "above" else "below", 0.0, f"rank correlation with {metric} over {n} models")
+    judged = lies(estimate(found, "r"), side, 0.0, f"rank correlation with {metric} over {n} models")
+    step = table[table["of"] == "training step"]
+    beside = "" if step.empty else f" (of the training step alone {estimate(step, 'r').text()})"
+    return Finding(judged.verdict, judged.text + beside)
 
 
 def skipping(tables: Tables) -> Finding:
