@@ -35,20 +35,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | VLM]:
 
 def run(name: str, model: Path | VLM, output: Path) -> Run:
     named = [f"model={model}"] if isinstance(model, Path) else []
-    config = read_config(FOLDER / f"{name}.yaml", [*named, "take=4", "n_resamples=100"])
+    config = read_config(FOLDER / f"{name}.yaml", [*named, "take=4", "n_resamples=100", "max_new_tokens=12"])
     made = Experiment.from_config(config, output=output, folders=[FOLDER])
     return (replace(made, model=model) if isinstance(model, VLM) else made).run()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", ["llava", "qwen2_vl"])
 @pytest.mark.parametrize(
     ("name", "table"),
     [
         ("ima_fig3", "implicit_alignment_change"),
-        ("ima_fig8", "implicit_alignment_inside_similarity"),
         ("vhd_fig1_language_prior", "head_divergence_prior"),
         ("vhr_table_layers", "differences"),
+        ("truthful_transfer_data", "truthful_direction_mentions"),  # captions that name no object, beside answers
     ],
 )
 def test_an_experiment_on_another_model(
