@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from interventions.given_tensors import check_tensor, from_file, name_of
 from probes.vision_heads import (
     CHOICES,
     Choice,
@@ -39,8 +41,8 @@ class HeadReinforcement(Intervention):
 
     Attributes:
         alpha: the factor; 1 changes nothing, 2 is the paper's.
-        layers: 0-based; None for the published layers of LLaVA and InstructBLIP at depth 32 and the last 44 % of the layers
-            elsewhere (`probes.vision_heads.default_layers`).
+        layers: 0-based, negative ones counted from the end; None for the published layers of LLaVA and InstructBLIP at depth
+            32 and the last 44 % of the layers elsewhere (`probes.vision_heads.default_layers`).
         select: which heads: "divergent" (the method), or its controls "random" (as many), "least" (as many, the least
             divergent), "all".
         outlier_rule: whether heads that surge when the image is removed are left out.
@@ -51,7 +53,9 @@ class HeadReinforcement(Intervention):
             It costs an extra pass with the image.
         prefill: which prompt positions are scaled: "all" (what the cache argument implies) or only the "last" [?].
         seed: of the random heads and of the noise image.
-        heads: fixed heads instead of chosen ones, as (layer, head) pairs; no measuring, no extra pass.
+        heads: fixed heads instead of chosen ones, no measuring, no extra pass: (layer, head) pairs, or a safetensors file with a
+            tensor `heads` [layer, head], not zero at the chosen ones. Their control "random" is as many of the same layers,
+            drawn at random.
     """
 
     alpha: float = 2.0
@@ -63,7 +67,7 @@ class HeadReinforcement(Intervention):
     reinforce_image_free: bool = False
     prefill: Scaled = "all"
     seed: int = 0
-    heads: Sequence[tuple[int, int]] | None = None
+    heads: Sequence[tuple[int, int]] | Path | str | None = None
     chosen_: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """The heads of the last run: layer -> bool [row, head]."""
 
@@ -81,22 +85,46 @@ class HeadReinforcement(Intervention):
         if self.ddof not in (0, 1):
             raise InputError(f"{self.name}: ddof must be 0 or 1, found {self.ddof!r}")
         check_image_free(self.contrast)
-        for layer in self._layers(anatomy):
-            if not 0 <= layer < anatomy.n_layers:
-                raise InputError(f"{self.name}: layer {layer!r} is not one of 0 to {anatomy.n_layers - 1}")
-        for _, head in self.heads or ():
+        fixed = self._fixed(anatomy)
+        if fixed is not None and self.select not in ("divergent", "random"):
+            raise InputError(f"{self.name}: fixed heads have no control {self.select!r}; the one they have is 'random'")
+        named = self.layers if fixed is None else [layer for layer, _ in fixed]
+        for layer in named or ():
+            if not (-anatomy.n_layers if fixed is None else 0) <= layer < anatomy.n_layers:
+                raise InputError(
+                    f"{self.name}: layer {layer!r} is not one of the {anatomy.n_layers} layers, which are numbered from 0, or "
+                    "from -1 at the end; name layers that the model has"
+                )
+        for _, head in fixed or ():
             if not 0 <= head < anatomy.n_heads:
-                raise InputError(f"{self.name}: head {head!r} is not one of 0 to {anatomy.n_heads - 1}")
+                raise InputError(
+                    f"{self.name}: head {head!r} is not one of 0 to {anatomy.n_heads - 1}; name heads that the model has"
+                )
 
-    def _layers(self, anatomy: Anatomy) -> tuple[int, ...]:
-        if self.heads is not None:
-            return tuple(sorted({layer for layer, _ in self.heads}))
+    def _fixed(self, anatomy: Anatomy) -> list[tuple[int, int]] | None:
+        """The fixed heads as (layer, head) pairs; None where heads are chosen."""
+        if self.heads is None:
+            return None
+        if isinstance(self.heads, str | Path):
+            marked = from_file(self.heads, "heads", self.name)[0]
+            check_tensor(marked, [anatomy.n_layers, anatomy.n_heads], "[layer, head]", self.name)
+            return [(int(layer), int(head)) for layer, head in marked.nonzero().tolist()]
+        return [(layer, head) for layer, head in self.heads]
+
+    def _layers(self, anatomy: Anatomy, fixed: Sequence[tuple[int, int]] | None) -> tuple[int, ...]:
+        if fixed is not None:
+            return tuple(sorted({layer for layer, _ in fixed}))
         if self.layers is not None:
-            return tuple(sorted(self.layers))
+            return tuple(sorted({layer + anatomy.n_layers if layer < 0 else layer for layer in self.layers}))
         return default_layers(anatomy.n_layers, anatomy.family.model_type)
 
     def controls(self) -> dict[str, Intervention]:
-        """The same number of random heads; of the least divergent heads; all heads at the same mean factor."""
+        """The same number of random heads; of the least divergent heads; all heads at the same mean factor.
+
+        Fixed heads have the first alone.
+        """
+        if self.heads is not None:
+            return {"random": replace(self, select="random")}
         return {
             "random": replace(self, select="random"),
             "least": replace(self, select="least"),
@@ -111,23 +139,33 @@ class HeadReinforcement(Intervention):
             "least": "as many heads, those that react least to the image",
             "all": "all heads",
         }[self.select]
-        if self.heads is not None:
+        if isinstance(self.heads, str | Path):
+            which = f"the heads of {name_of(self.heads)}"
+        elif self.heads is not None:
             which = f"{len(self.heads)} fixed heads"
+        if self.heads is not None and self.select == "random":
+            which = f"as many heads, drawn at random, as {which}"
+        hidden = ("alpha", "select", *(("heads",) if isinstance(self.heads, str | Path) else ()))
         changed = [
             f"{one.name}={getattr(self, one.name)!r}"
             for one in fields(self)
-            if one.init and one.name not in ("alpha", "select") and getattr(self, one.name) != one.default
+            if one.init and one.name not in hidden and getattr(self, one.name) != one.default
         ]
         return f"{which} x {self.alpha:g}" + (f" ({', '.join(changed)})" if changed else "")
 
     def edits(self, run: RunContext) -> list[Edit]:
         """Scale the chosen heads at the input of each layer's output projection."""
-        layers = self._layers(run.anatomy)
+        fixed = self._fixed(run.anatomy)
+        layers = self._layers(run.anatomy, fixed)
         self.chosen_ = {}
-        if self.heads is not None:
+        if fixed is not None:
             for layer in layers:
+                heads = [head for other, head in fixed if other == layer]
+                if self.select == "random":
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
+                    heads = torch.randperm(run.anatomy.n_heads, generator=generator)[: len(heads)].tolist()
                 mask = torch.zeros(run.anatomy.n_heads, dtype=torch.bool, device=run.batch.device)
-                mask[[head for other, head in self.heads if other == layer]] = True
+                mask[heads] = True
                 self.chosen_[layer] = mask.expand(run.batch.size, -1)
             return [Edit("z", layer, self._scale(layer)) for layer in layers]
         if not run.batch.has_images:

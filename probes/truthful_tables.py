@@ -314,5 +314,6 @@ def _mentions(mentions: pd.DataFrame, fitted: dict[str, LayerFits], baselines: d
     if TOGETHER in baselines:
         table["score_baselines"] = baselines[TOGETHER]
     if table.empty:  # one row that says so: tables are never empty
-        return pd.DataFrame({name: [np.nan] if name in ("neg_log_p", "pmc", "confidence") else [""] for name in table})
+        unknown: dict[str, Any] = {**dict.fromkeys(("item", "group", "word", "category"), ""), "hallucinated": None}
+        return pd.DataFrame({name: [unknown.get(name, np.nan)] for name in table})
     return table

@@ -195,12 +195,22 @@ def publish(
         "experiments/results"
     ),
 ) -> None:
-    """Copy the figures, small tables, configuration and environment of runs to a folder that is kept under version control."""
+    """Copy the figures, small tables, configuration and environment of runs to a folder that is kept under version control.
+
+    Where that is the folder `results` beside the experiments of slitlamp, their README.md is written anew: what the runs show.
+    """
     from slitlamp.experiments import load_run
     from slitlamp.experiments.publish import publish as copy
+    from slitlamp.reports.papers import CLAIMS
+    from slitlamp.reports.papers.page import RESULTS, write_page
+    from slitlamp.reports.published import figure_captions
 
     for folder in folders:
-        out.print(Text(str(copy(load_run(folder), to))), soft_wrap=True)
+        run = load_run(folder)
+        out.print(Text(str(copy(run, to, figure_captions(folder) if run.finished else None))), soft_wrap=True)
+    beside = to.resolve().parent
+    if to.resolve().name == RESULTS and all((beside / f"{claim.experiment}.yaml").is_file() for claim in CLAIMS):
+        out.print(Text(str(write_page(beside, CLAIMS))), soft_wrap=True)
 
 
 def _report(run: Run) -> None:

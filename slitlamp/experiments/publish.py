@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,17 @@ README = "README.md"
 _COLOURS = 128
 
 
-def publish(run: Run, folder: str | Path) -> Path:
+def publish(run: Run, folder: str | Path, captions: Mapping[str, str] | None = None) -> Path:
     """Copy what a reader needs of a finished run into `folder/<name of the run>`, in place of an earlier copy.
 
     Figures are kept as PNG of 128 colours, of a sweep of one strength those that show it; tables of up to 500 rows as CSV;
     README.md says what was found and shows the figures. The README.md of `folder` lists all copies in it, in place of an earlier
     list.
+
+    Args:
+        run: of which the copy is.
+        folder: where it goes.
+        captions: by the name of a figure: what is drawn, on what and how often.
 
     Raises:
         RunFolderError: the run has not ended, or its report was not made.
@@ -58,18 +64,23 @@ def publish(run: Run, folder: str | Path) -> Path:
         if len(frame) <= MAX_ROWS:
             text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
             storage.write_bytes(target / TABLES / f"{path.stem}.csv", text.encode())
-    storage.write_bytes(target / README, _page(run, target.name, [path.name for path in figures]).encode())
+    storage.write_bytes(
+        target / README, _page(run, target.name, [path.stem for path in figures], captions or {}).encode()
+    )
     storage.write_bytes(Path(folder) / README, _index(Path(folder)).encode())
     return target
 
 
-def _page(run: Run, name: str, figures: list[str]) -> str:
-    """What a run found, and its figures."""
+def _page(run: Run, name: str, figures: list[str], captions: Mapping[str, str]) -> str:
+    """What a run found, and its figures with their captions."""
     environment = run.environment
     one = next(iter(environment["models"].values())) if "models" in environment else environment
-    made = f"`slitlamp run {name}`, {_seconds(environment)} s on {one['device']}, seed {one['seed']}."
-    lines = [f"# {run.config.get('title') or name}", "", made, "", *(f"- {_plain(line)}" for line in summary(run))]
-    return "\n".join(lines + [part for one in figures for part in ("", f"![{one.removesuffix('.png')}]({one})")]) + "\n"
+    made = f"`slitlamp run {name}`, {seconds_of(environment)} s on {one['device']}, seed {one['seed']}."
+    lines = [f"# {run.config.get('title') or name}", "", made, "", *(f"- {plain(line)}" for line in summary(run))]
+    for figure in figures:
+        lines += ["", f"![{figure}]({figure}.png)"]
+        lines += ["", plain(captions[figure])] if captions.get(figure) else []
+    return "\n".join(lines) + "\n"
 
 
 def _index(folder: Path) -> str:
@@ -80,16 +91,17 @@ def _index(folder: Path) -> str:
         name = config.parent.name
         title = yaml.safe_load(config.read_text(encoding="utf-8")).get("title") or ""
         lines.append(
-            f"| [{name}]({name}/{README}) | {_plain(title)} | {_seconds(storage.read_json(config.parent / ENVIRONMENT))} |"
+            f"| [{name}]({name}/{README}) | {plain(title)} | {seconds_of(storage.read_json(config.parent / ENVIRONMENT))} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _seconds(environment: dict[str, Any]) -> int:
+def seconds_of(environment: dict[str, Any]) -> int:
+    """How long a run took, by its environment."""
     return round(environment["timing"]["total"])
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """As Markdown shows it: no character of it is markup."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
 

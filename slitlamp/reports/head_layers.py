@@ -55,8 +55,9 @@ def last_layers(conditions: Mapping[str, Any], n_layers: int) -> dict[str, int]:
         one = interventions[0] if isinstance(interventions, list) and len(interventions) == 1 else None
         parameters = one.get("HeadReinforcement") if isinstance(one, Mapping) else None
         layers = parameters.get("layers") if isinstance(parameters, Mapping) else None
-        if layers and sorted(layers) == list(range(n_layers - len(layers), n_layers)):
-            found[str(name)] = len(layers)
+        counted = sorted(layer + n_layers if layer < 0 else layer for layer in layers or ())
+        if counted and counted == list(range(n_layers - len(counted), n_layers)):
+            found[str(name)] = len(counted)
     return found
 
 

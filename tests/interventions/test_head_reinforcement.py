@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from interventions import HeadReinforcement
 from probes.vision_heads import choose_heads, head_divergence, text_activation, zero_surging_heads
@@ -101,6 +103,47 @@ def test_two_reinforcements_multiply(llava: VLM, batch: Batch) -> None:
         assert torch.allclose(llava.forward(batch).logits, twice, atol=1e-5)
 
 
+def test_heads_of_a_file_are_those_named_in_it(llava: VLM, batch: Batch, tmp_path: Path) -> None:
+    marked = torch.zeros(llava.anatomy.n_layers, llava.anatomy.n_heads)
+    marked[1, 1] = marked[2, 0] = 1
+    save_file({"heads": marked}, tmp_path / "heads.safetensors")
+    with llava.apply(HeadReinforcement(alpha=6.0, heads=[(1, 1), (2, 0)])):
+        named = llava.forward(batch).logits
+    with llava.apply(HeadReinforcement(alpha=6.0, heads=tmp_path / "heads.safetensors")):
+        assert torch.equal(llava.forward(batch).logits, named)
+
+
+def test_heads_of_a_file_of_another_model_are_refused(llava: VLM, tmp_path: Path) -> None:
+    save_file({"heads": torch.ones(llava.anatomy.n_layers + 1, llava.anatomy.n_heads)}, tmp_path / "heads.safetensors")
+    with pytest.raises(InputError, match="of another model"):
+        HeadReinforcement(heads=tmp_path / "heads.safetensors").check(llava.anatomy)
+
+
+def test_the_control_of_fixed_heads_is_as_many_random_ones_of_the_same_layers(llava: VLM, batch: Batch) -> None:
+    method = HeadReinforcement(heads=[(0, 0), (0, 1), (2, 0)], seed=1)
+    assert list(method.controls()) == ["random"]
+    drawn = set()
+    for seed in range(8):
+        control = HeadReinforcement(heads=method.heads, select="random", seed=seed)
+        with llava.apply(control):
+            llava.forward(batch)
+        assert {layer: int(heads.sum()) for layer, heads in control.chosen_.items()} == {0: 2, 2: 1}
+        drawn.add(tuple(control.chosen_[0][0].tolist()))
+    assert len(drawn) > 1
+    with pytest.raises(InputError, match="fixed heads have no control 'least'"):
+        HeadReinforcement(heads=[(0, 0)], select="least").check(llava.anatomy)
+
+
+def test_negative_layers_count_from_the_end(llava: VLM, batch: Batch) -> None:
+    last = llava.anatomy.n_layers - 1
+    with llava.apply(HeadReinforcement(alpha=6.0, layers=[0, last])):
+        named = llava.forward(batch).logits
+    method = HeadReinforcement(alpha=6.0, layers=[0, -1])
+    with llava.apply(method):
+        assert torch.equal(llava.forward(batch).logits, named)
+    assert list(method.chosen_) == [0, last]
+
+
 def test_controls_keep_the_number_of_heads_and_the_mean_factor() -> None:
     method = HeadReinforcement(alpha=2.0, layers=[1, 2], seed=3)
     controls = method.controls()
@@ -117,6 +160,7 @@ def test_controls_keep_the_number_of_heads_and_the_mean_factor() -> None:
         ({"alpha": -1.0}, "alpha"),
         ({"alpha": float("nan")}, "alpha"),
         ({"layers": [7]}, "layer 7"),
+        ({"layers": [-4]}, "layer -4 is not one of the 3 layers"),
         ({"heads": [(0, 9)]}, "head 9"),
         ({"ddof": 2}, "ddof"),
     ],
@@ -140,4 +184,9 @@ def test_text_only_rows_are_refused(llava: VLM) -> None:
 def test_a_description_says_what_is_done_and_what_is_not_default() -> None:
     assert HeadReinforcement().describe() == "the half of the heads that react most to the image x 2"
     assert HeadReinforcement(alpha=1.5, select="all", layers=[1]).describe() == "all heads x 1.5 (layers=[1])"
+    assert HeadReinforcement(heads="a/one.safetensors").describe() == "the heads of one.safetensors x 2"
+    assert (
+        HeadReinforcement(heads="a/one.safetensors", select="random").describe()
+        == "as many heads, drawn at random, as the heads of one.safetensors x 2"
+    )
     assert HeadReinforcement(heads=[(0, 1)]).describe() == "1 fixed heads x 2 (heads=[(0, 1)])"

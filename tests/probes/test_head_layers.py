@@ -27,7 +27,7 @@ def reinforce(*layers: int) -> list[dict[str, Any]]:
 CONDITIONS: dict[str, Any] = {
     "baseline": [],
     "one": reinforce(3),
-    "two": reinforce(3, 2),
+    "two": reinforce(-1, 2),
     "gap": reinforce(1, 3),
     "early": reinforce(0, 1),
     "other": [{"SkipPerceptual": {"layers": [3]}}],
