@@ -201,7 +201,8 @@ function start(root, data) {
       parts.canvas.hidden = !values;
       area = null;
     } else if (item.grids?.length) {
-      area = drawPicture(parts.canvas, picture, item, values, { table, opacity: state.opacity, side: state.side, view: state.view });
+      area = drawPicture(parts.canvas, picture, item, values, { table, opacity: state.opacity, side: state.side, view: state.view,
+        mark: theme("--mark") });
     } else if (picture) {
       area = drawPicture(parts.canvas, picture, { grids: [{ rows: 1, columns: 1 }] }, null, { table, opacity: 0, side: false, view: 0 });
     }
@@ -231,7 +232,7 @@ function start(root, data) {
     const ramp = make("span", { class: "ramp" });
     ramp.style.background = `linear-gradient(to right, ${data.colours.map((one) => css(one)).join(", ")})`;
     const rest = values.length > item.grids.reduce((sum, one) => sum + one.rows * one.columns, 0) ? values.at(-1) : 0;
-    fill(parts.scale, "0 ", ramp, ` ${percent(Math.max(...own))} of the token's attention`,
+    fill(parts.scale, "0 ", ramp, ` ${percent(Math.max(...own))} of the token's attention (framed)`,
       make("span", { class: "hint" }, [item.pooled > 1 ? ` A cell is ${item.pooled} × ${item.pooled} patches.` : "",
         rest ? ` ${percent(rest)} more on image tokens without a place (ends of rows).` : ""].join("")));
   }

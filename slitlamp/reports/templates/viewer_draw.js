@@ -30,7 +30,7 @@ function gridCells(item, number) {
 
 // The picture, with the map over it or beside it; returns the areas of the map on the canvas.
 function drawPicture(canvas, picture, item, values, options) {
-  const { table, opacity, side, view } = options;
+  const { table, opacity, side, view, mark } = options;
   const grid = gridCells(item, view);
   const ratio = picture ? picture.naturalHeight / picture.naturalWidth : grid.rows / grid.columns;
   const full = canvas.clientWidth, gap = side ? 8 : 0;
@@ -52,6 +52,12 @@ function drawPicture(canvas, picture, item, values, options) {
       // over the picture, little weight is let through, so that what is there can be seen
       context.fillStyle = css(colour(table, share), side ? 1 : opacity * (0.2 + 0.8 * share));
       context.fillRect(x, y, Math.round(left + (column + 1) * w) - x, Math.round((row + 1) * h) - y);
+    }
+    const top = own.indexOf(Math.max(...own));
+    if (own[top] > 0) {
+      context.strokeStyle = mark;
+      context.lineWidth = 2;
+      context.strokeRect(left + (top % grid.columns) * w + 1, Math.floor(top / grid.columns) * h + 1, w - 2, h - 2);
     }
   }
   return { left, width, height, ...grid };
