@@ -75,7 +75,7 @@ def viewer_of(data: RunData) -> Viewer | None:
     if index is None:
         return None
     read = [read_item(path) for path in item_paths(data.folder, int(index["n_items"]))]
-    ranked = _Percentiles.of(data, [header for header, _, _ in read])
+    ranked = Percentiles.of(data, [header for header, _, _ in read])
     entries = [
         Entry({**header, "signals": ranked.put(header["signals"])}, arrays, picture, header["picture"])
         for header, arrays, picture in read
@@ -144,14 +144,14 @@ def _colours() -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class _Percentiles:
+class Percentiles:
     """Where a value of a signal stands among all named objects."""
 
     values: Mapping[str, np.ndarray[Any, Any]]
     among: str
 
     @staticmethod
-    def of(data: RunData, headers: Sequence[Mapping[str, Any]]) -> _Percentiles:
+    def of(data: RunData, headers: Sequence[Mapping[str, Any]]) -> Percentiles:
         """Among the run's own ledger where the signals are from it, else among the items of the viewer."""
         own = {(one["condition"], one["dataset"]) for one in headers if one["signals"]["source"] == "run"}
         tables = [
@@ -201,9 +201,9 @@ class _Percentiles:
         return round(100 * (below + equal / 2), 1)
 
 
-def _ranked(values: Mapping[str, np.ndarray[Any, Any]], n_rows: int, whose: str) -> _Percentiles:
+def _ranked(values: Mapping[str, np.ndarray[Any, Any]], n_rows: int, whose: str) -> Percentiles:
     finite = {name: one[np.isfinite(one)] for name, one in values.items()}
     among = f"Percentiles are among the {count(n_rows, 'named object')} of {whose}; small marks are the others of this text."
     if n_rows < FEWEST:
         among = f"{count(n_rows, 'named object')} of {whose}: too few for percentiles, so values alone are given."
-    return _Percentiles(finite, among)
+    return Percentiles(finite, among)
