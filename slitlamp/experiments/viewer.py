@@ -17,10 +17,11 @@ from slitlamp.experiments.datasets import Dataset, Item
 from slitlamp.experiments.folder import VIEWER
 from slitlamp.experiments.progress import progress_bar
 from slitlamp.experiments.viewer_detail import MAX_BYTES, Arrays, fitted, packed, picture_bytes
-from slitlamp.experiments.viewer_record import record
+from slitlamp.experiments.viewer_record import Shown, record
 
 if TYPE_CHECKING:
     from slitlamp.experiments.plan import Plan
+    from slitlamp.models import Batch
     from slitlamp.vlm import VLM
 
 logger = logging.getLogger(__name__)
@@ -35,28 +36,32 @@ Tables = Mapping[str, pd.DataFrame]
 
 
 def make_viewer(plan: Plan, vlm: VLM, predictions: Mapping[tuple[str, str], pd.DataFrame], tables: Tables) -> None:
-    """Write `viewer/index.json` and one file per item; an item that is there is not made again."""
+    """Write `viewer/index.json` and one file per item; an item that is there is not made again.
+
+    An item may take its share of the bytes that the items before it have left.
+    """
     chosen, rule = choose(plan, tables)
     folder = plan.folder.path / VIEWER
-    share = MAX_BYTES / len(chosen)
+    left = float(MAX_BYTES)
     with progress_bar(plan.experiment.progress) as bar:
         task = bar.add_task("viewer", total=len(chosen))
-        for number, (data, item) in enumerate(chosen):
-            path = folder / f"{number:05d}.safetensors"
+        for number, path in enumerate(item_paths(plan.folder.path, len(chosen))):
+            data, item = chosen[number]
             if not _is_there(path, data, item):
                 shown, batch = record(plan, vlm, data, item, predictions, tables)
-                picture, kind = b"", ""
-                if batch.images[0]:
-                    picture, kind = picture_bytes(batch.images[0][0], share * _PICTURE_SHARE)
-                left = share - len(picture) * 4 / 3
-                header, arrays = fitted({**shown.header, "picture": kind}, shown.arrays, shown.maps, shown.named, left)
-                storage.write_arrays(
-                    path,
-                    {**arrays, "picture": np.frombuffer(picture, dtype=np.uint8)},
-                    {"header": json.dumps(header, ensure_ascii=False)},
-                )
+                _write(path, shown, batch, left / (len(chosen) - number))
+            left -= size_in_page(*read_item(path))
             bar.advance(task)
     storage.write_json(folder / INDEX, {"n_items": len(chosen), "rule": rule})
+
+
+def _write(path: Path, shown: Shown, batch: Batch, share: float) -> None:
+    """Write one item in as much detail as fits into its share of bytes."""
+    picture, kind = picture_bytes(batch.images[0][0], share * _PICTURE_SHARE) if batch.images[0] else (b"", "")
+    most = share - len(picture) * 4 / 3
+    header, arrays = fitted({**shown.header, "picture": kind}, shown.arrays, shown.maps, shown.named, most)
+    content = {**arrays, "picture": np.frombuffer(picture, dtype=np.uint8)}
+    storage.write_arrays(path, content, {"header": json.dumps(header, ensure_ascii=False)})
 
 
 def _is_there(path: Path, data: Dataset, item: Item) -> bool:
@@ -148,10 +153,9 @@ def choose(plan: Plan, tables: Tables) -> tuple[Chosen, str]:
     n_even = min(len(even), n_wanted - n_odd)
     kept = {item.id for item in (*odd[:n_odd], *even[:n_even])}
     what = "whose caption names an object that is not there" if data.task == "captions" else "answered wrongly"
-    rule = (
-        f"{len(kept)} of the {len(data)} items of {data.name}: the first {n_odd} {what} under {plan.conditions[0].name}, and "
-        f"the first {n_even} others."
-    )
+    parts = [f"{n_odd} {what} under {plan.conditions[0].name}"] if n_odd else []
+    parts += [f"{n_even} {'others' if n_odd else 'of those that are right'}"] if n_even else []
+    rule = f"{len(kept)} of the {len(data)} items of {data.name}: the first {' and the first '.join(parts)}."
     return [(data, item) for item in data.items if item.id in kept], rule
 
 

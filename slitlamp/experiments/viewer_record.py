@@ -88,9 +88,10 @@ def look(vlm: VLM, batch: Batch, n_tokens: int) -> tuple[Maps | None, Arrays, di
     """Attention over the image and the logit lens at the positions that predict the continuation of a batch of one row.
 
     Returns:
-        (attention, None where there is none; arrays lens_id [token, layer + 1, top], lens_p uint8 of the root of the
-        probability, rank and p of the token that follows [token, layer + 1], log_p [token] of the output; the header's
-        `vocabulary` of the lens, `n_layers`, `n_heads`). The last "layer" of the lens is the output of the model.
+        Attention, None where there is none. The arrays lens_id [token, layer + 1, top], lens_p (of the same shape, uint8 of
+        the root of the probability), rank and p of the token that follows [token, layer + 1], and log_p [token] of the
+        output. The header's `vocabulary` of the lens, `n_layers`, `n_heads`, and `cross`: whether it is cross-attention.
+        The last "layer" of the lens is the output of the model.
     """
     wanted, per_head = _attention_site(vlm, batch, n_tokens)
     states = sites.resid_post(positions="before_generated", label="viewer_states")
@@ -101,7 +102,8 @@ def look(vlm: VLM, batch: Batch, n_tokens: int) -> tuple[Maps | None, Arrays, di
     tokens = batch.input_ids[0, batch.input_ids.shape[1] - n_tokens :]
     arrays, vocabulary = _lens(trace.source, trace, output, tokens, n_tokens)
     maps = None if wanted is None else _maps(trace, n_tokens, per_head)
-    head = {"vocabulary": vocabulary, "n_layers": vlm.anatomy.n_layers, "n_heads": vlm.anatomy.n_heads}
+    cross = wanted is not None and wanted.name == "cross_attention"
+    head = {"vocabulary": vocabulary, "n_layers": vlm.anatomy.n_layers, "n_heads": vlm.anatomy.n_heads, "cross": cross}
     return maps, arrays, head
 
 
@@ -157,7 +159,7 @@ def _lens(
         ranks.append((log_p > own).sum(dim=-1).numpy() + 1)
         p.append(own[:, 0].exp().numpy())
     known, numbers = np.unique(np.stack(ids, axis=1), return_inverse=True)
-    kind = np.uint16 if len(known) < 2**16 else np.uint32
+    kind = np.min_scalar_type(max(len(known) - 1, 0))
     arrays: Arrays = {
         "lens_id": numbers.reshape(n_tokens, len(ids), top).astype(kind),
         "lens_p": np.rint(255 * np.sqrt(np.stack(shares, axis=1))).astype(np.uint8),

@@ -93,7 +93,7 @@ def _detail_note(headers: Sequence[Mapping[str, Any]]) -> str:
     }
     levels = [(one["detail"], int(one["pooled"])) if "detail" in one else ("none", 1) for one in headers]
     parts = []
-    for level in dict.fromkeys(levels):
+    for level in sorted(set(levels), key=lambda one: ([*said, "none"].index(one[0]), one[1])):
         what = said.get(level[0], "no attention over an image")
         pooled = f" over squares of {level[1]} × {level[1]} patches" if level[1] > 1 else ""
         whom = "" if len(set(levels)) == 1 else f" ({count(levels.count(level), 'item')})"

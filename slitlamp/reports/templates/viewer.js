@@ -40,6 +40,8 @@ function start(root, data) {
         make("h3", {}, title), make("p", { class: "hint" }, hint), ...children);
       return parts[`${name}Panel`];
     };
+    parts.overlay = make("div", { class: "controls" }, make("label", { class: "grow" }, "opacity ", parts.opacity),
+      make("label", { class: "check" }, parts.side, "side by side"));
     fill(parts.help, ...[
       ["← →", "token before, after"], ["↑ ↓", "layer above (later), below"], ["[ ]", "head before, after; before head 0: the mean"],
       ["n p", "next, previous item"], ["?", "show or hide this"],
@@ -58,8 +60,7 @@ function start(root, data) {
           make("div", { class: "controls" },
             make("label", { class: "grow" }, "layer ", parts.layer, parts.layerSaid), make("label", {}, "head ", parts.head), parts.viewLabel),
           parts.canvas, parts.scale,
-          make("div", { class: "controls" }, make("label", { class: "grow" }, "opacity ", parts.opacity),
-            make("label", { class: "check" }, parts.side, "side by side")), parts.point),
+          parts.overlay, parts.point),
         panel("massgrid", "How much it looks, by layer and head", "Per cent of the token's attention that is on the image as a whole. "
           + "Tap a cell to look through that head.", parts.mass),
         panel("lenses", "What it would say after each layer", "Logit lens: the model's own final norm and head on the residual stream "
@@ -196,8 +197,9 @@ function start(root, data) {
     parts.head.value = head === null ? "mean" : head;
     const values = has ? weights(item, token, layer, head) : null;
     const table = data.colours;
+    parts.overlay.hidden = !item.grids?.length;
     if (item.kind === "tokens") {
-      if (values) drawBars(parts.canvas, values, { bar: theme("--link"), line: theme("--line") });
+      if (values) drawBars(parts.canvas, picture, values, { bar: theme("--link"), line: theme("--line") });
       parts.canvas.hidden = !values;
       area = null;
     } else if (item.grids?.length) {
@@ -234,7 +236,8 @@ function start(root, data) {
     const rest = values.length > item.grids.reduce((sum, one) => sum + one.rows * one.columns, 0) ? values.at(-1) : 0;
     fill(parts.scale, "0 ", ramp, ` ${percent(Math.max(...own))} of the token's attention (framed)`,
       make("span", { class: "hint" }, [item.pooled > 1 ? ` A cell is ${item.pooled} × ${item.pooled} patches.` : "",
-        rest ? ` ${percent(rest)} more on image tokens without a place (ends of rows).` : ""].join("")));
+        rest ? ` ${percent(rest)} more on image tokens without a place (CLS, ends of rows).` : "",
+        item.cross ? " Cross-attention reads the image alone, so all of a head's weight is on it." : ""].join("")));
   }
 
   // What lies under the pointer.

@@ -64,18 +64,22 @@ function drawPicture(canvas, picture, item, values, options) {
 }
 
 // Attention over image tokens that have no place: a bar for each, in their order.
-function drawBars(canvas, values, options) {
-  const width = canvas.clientWidth, height = 180;
-  const context = sized(canvas, width, height);
-  context.clearRect(0, 0, width, height);
-  const most = Math.max(...values) || 1, step = width / values.length;
+function drawBars(canvas, picture, values, options) {
+  const full = canvas.clientWidth, high = 180;
+  const shown = picture ? Math.min(full, (240 * picture.naturalWidth) / picture.naturalHeight) : 0;
+  const top = picture ? (shown * picture.naturalHeight) / picture.naturalWidth + 10 : 0;
+  const height = top + high;
+  const context = sized(canvas, full, height);
+  context.clearRect(0, 0, full, height);
+  if (picture) context.drawImage(picture, 0, 0, shown, top - 10);
+  const most = Math.max(...values) || 1, step = full / values.length;
   values.forEach((one, i) => {
-    const h = (one / most) * (height - 4);
+    const h = (one / most) * (high - 4);
     context.fillStyle = options.bar;
     context.fillRect(i * step, height - h, Math.max(1, step - 1), h);
   });
   context.fillStyle = options.line;
-  context.fillRect(0, height - 1, width, 1);
+  context.fillRect(0, height - 1, full, 1);
 }
 
 // Weight on the image by layer (rows) and head (columns, the mean first); returns where a click falls.

@@ -49,7 +49,7 @@ function lensTable(item, token, layer) {
     const cells = Array.from(at(ids, token, row), (id, i) => {
       const name = item.vocabulary[id], share = (at(shares, token, row, i) / 255) ** 2;
       const cell = make("td", { class: name === own ? "own" : "" }, name === own ? "◆ " : "", name,
-        make("span", { class: "share" }, ` ${percent(share)}`));
+        make("span", { class: "share" }, ` ${percent(Math.max(share, 1e-9))}`));
       cell.style.setProperty("--share", `${100 * share}%`);
       return cell;
     });
