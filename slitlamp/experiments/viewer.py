@@ -1,4 +1,10 @@
-"""What the report's viewer shows of some items of a run, recorded item by item into `viewer/` of the run folder."""
+"""What the report's viewer shows of some items of a run, recorded item by item into `viewer/` of the run folder.
+
+- `viewer/00000.safetensors` and so on, one per item: the arrays of `slitlamp.experiments.viewer_detail` (attention) and
+  `slitlamp.experiments.viewer_record` (lens [token, layer + 1], log-probabilities [token], `change` [condition, token] in
+  nats), the picture's bytes, and in the metadata the header as JSON: texts, tokens, labels, mentions, signals, conditions.
+- `viewer/index.json`: how many items there are and how they were chosen; written last.
+"""
 
 from __future__ import annotations
 

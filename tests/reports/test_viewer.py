@@ -23,7 +23,7 @@ import slitlamp as sl
 from interventions import ClsPruning, HeadReinforcement, ImageContrast
 from probes import TokenLedger
 from slitlamp.errors import InputError, UnknownNameError
-from slitlamp.experiments import Dataset, Experiment, Run, captions_dataset, load_dataset, storage
+from slitlamp.experiments import Dataset, Experiment, Run, captions_dataset, load_dataset, storage, viewer_record
 from slitlamp.experiments import viewer as recording
 from slitlamp.experiments.config import read_config
 from slitlamp.experiments.perplexity import negative_log_likelihood
@@ -107,6 +107,23 @@ def test_attention_is_that_of_the_trace(run: Run, organism: VLM) -> None:
     assert np.abs(mean - wanted.mean(axis=2)).max() <= wanted.mean(axis=2).max() / 255 / 2 + 1e-6
     mass = (arrays["mass"] / 255) ** 2
     assert np.abs(mass - wanted.sum(axis=-1)).max() <= 1 / 255  # a step of the root, twice the root of at most 1
+
+
+def test_too_many_weights_are_recorded_as_their_mean(
+    run: Run, organism: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(viewer_record, "MOST_WEIGHTS", 10)
+    one = experiment(organism, tmp_path / "mean", viewer=["1"], conditions={"baseline": []}).run()
+    (head, arrays, _), (_, whole, _) = items(one.folder)[0], items(run.folder)[0]
+    assert (head["detail"], head["head_tokens"], head["pooled"]) == ("mean", [], 1)
+    assert "heads" not in arrays
+    found, wanted = (each["mean"] / 255 * each["mean_max"][..., None] for each in (arrays, whole))
+    np.testing.assert_allclose(found, wanted, atol=1 / 255)
+    assert arrays["mass"].shape[-1] == 1
+    np.testing.assert_allclose(
+        (arrays["mass"][..., 0] / 255) ** 2, ((whole["mass"] / 255) ** 2).mean(axis=-1), atol=0.01
+    )
+    assert "mean over heads" in write_report(one.folder).read_text(encoding="utf-8")
 
 
 def test_lens_ends_in_what_the_model_says(run: Run, organism: VLM) -> None:
@@ -480,6 +497,7 @@ def synthetic(folder: Path, n_items: int, text: str = "there is a dog and a cat"
     storage.write_json(folder / "viewer" / "index.json", {"n_items": n_items, "rule": "All of them."})
 
 
+@pytest.mark.slow
 def test_two_hundred_items_stay_below_ten_megabytes(make_run: Callable[..., Path]) -> None:
     folder = make_run()
     synthetic(folder, 200)
