@@ -305,7 +305,9 @@ def _conditions(
         mentions = _mentions(data, item, text)
         objects = list(dict.fromkeys(str(one[2]) for one in mentions))
         first = objects if number == 0 else first
-        change, note = (np.zeros(len(tokens)), None) if number == 0 else _change(vlm, condition, batch, tokens, log_p)
+        change, note = (
+            (np.zeros(len(tokens)), None) if number == 0 else likelihood_change(vlm, condition, batch, tokens, log_p)
+        )
         changes.append(change)
         found.append(
             {
@@ -332,7 +334,9 @@ def _score(
     return {name: int(row[name]) for name in ("n_mentions", "n_hallucinated", "n_true_mentioned", "n_true_objects")}
 
 
-def _change(vlm: VLM, condition: Condition, batch: Batch, tokens: list[int], log_p: Array) -> tuple[Array, str | None]:
+def likelihood_change(
+    vlm: VLM, condition: Condition, batch: Batch, tokens: list[int], log_p: Array
+) -> tuple[Array, str | None]:
     """Log-probability of given tokens under a condition minus that under the reference, in nats; NaN with a note where a
     forward pass cannot say it, -inf where the condition excludes a token.
     """

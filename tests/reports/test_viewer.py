@@ -9,8 +9,9 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -22,9 +23,12 @@ from tiny_models.common import random_image
 import slitlamp as sl
 from interventions import ClsPruning, HeadReinforcement, ImageContrast
 from probes import TokenLedger
-from slitlamp.errors import InputError, UnknownNameError
+from slitlamp.decoding import BacktrackingDecoding, Intervention, RunContext
+from slitlamp.decoding.intervention import Kind
+from slitlamp.errors import InputError, UnknownNameError, UnsupportedError
 from slitlamp.experiments import Dataset, Experiment, Run, captions_dataset, load_dataset, storage, viewer_record
 from slitlamp.experiments import viewer as recording
+from slitlamp.experiments.conditions import Condition
 from slitlamp.experiments.config import read_config
 from slitlamp.experiments.perplexity import negative_log_likelihood
 from slitlamp.experiments.viewer import item_paths, read_index, read_item, size_in_page
@@ -178,6 +182,41 @@ def test_conditions_change_the_likelihood_of_the_same_text(run: Run, organism: V
         assert total == pytest.approx(-nll, abs=1e-3)
     assert np.isneginf(arrays["change"][3]).any() or np.isfinite(arrays["change"][3]).all()
     assert not np.isnan(arrays["change"]).any()
+
+
+@dataclass
+class Refusing(Intervention):
+    """An intervention that cannot run over a given text."""
+
+    name: ClassVar[str] = "refusing"
+    kind: ClassVar[Kind] = "blocks"
+
+    def edits(self, run: RunContext) -> list[Any]:
+        raise UnsupportedError("only while writing")
+
+
+@dataclass
+class GoingBack(BacktrackingDecoding):
+    """Going back, as far as the viewer looks at it."""
+
+    name: ClassVar[str] = "going_back"
+
+    def watch(self, run: RunContext) -> Any:
+        raise AssertionError("not asked in a forward pass")
+
+
+@pytest.mark.parametrize(
+    ("one", "note"),
+    [(Refusing(), "cannot run over a given text: only while writing"), (GoingBack(), "goes back while it writes")],
+)
+def test_conditions_that_a_forward_pass_cannot_show(one: Intervention, note: str, run: Run, organism: VLM) -> None:
+    batch = teacher_forced(organism, run, "baseline", "1")
+    tokens = batch.input_ids[0, -batch.n_generated[0] :].tolist()
+    condition = Condition("odd", (one,), "treatment")
+    change, said = viewer_record.likelihood_change(organism, condition, batch, tokens, np.zeros(len(tokens)))
+    assert np.isnan(change).all()
+    assert said is not None
+    assert note in said
 
 
 def test_added_and_dropped_objects(run: Run) -> None:
