@@ -72,7 +72,7 @@ def record(
         "text": text,
         "tokens": pieces(vlm.tokenizer, tokens, text, spans),
         "mentions": _mentions(data, item, text),
-        **_labels(labels, len(tokens)),
+        "labels": _labels(labels, len(tokens)),
     }
     named = [] if labels is None else sorted(int(one) for one in labels["token"][labels["label"].isin(NAMED)])
     with vlm.apply(*reference.interventions):
@@ -206,12 +206,11 @@ def _truth(data: Dataset, item: Item) -> list[str] | None:
     return None if truth is None else sorted(truth.objects[truth.resolve(item.image_id)])
 
 
-def _labels(labels: pd.DataFrame | None, n_tokens: int) -> dict[str, list[Any]]:
-    """Per token its label and, where it names an object, the object."""
-    found: dict[str, list[Any]] = {"labels": ["other"] * n_tokens, "objects": [None] * n_tokens}
+def _labels(labels: pd.DataFrame | None, n_tokens: int) -> list[str]:
+    """Per token its label."""
+    found = ["other"] * n_tokens
     for row in () if labels is None else labels.to_dict("records"):
-        found["labels"][int(row["token"])] = str(row["label"])
-        found["objects"][int(row["token"])] = row["category"] if isinstance(row["category"], str) else None
+        found[int(row["token"])] = str(row["label"])
     return found
 
 

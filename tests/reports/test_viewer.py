@@ -514,7 +514,7 @@ def synthetic(folder: Path, n_items: int, text: str = "there is a dog and a cat"
                 "truth": ["dog"],
             },
             **{"asked": None, "text": " ".join(words), "tokens": [[f" {one}", one] for one in words], "mentions": []},
-            **{"labels": ["object" if t in named else "other" for t in range(32)], "objects": [None] * 32},
+            **{"labels": ["object" if t in named else "other" for t in range(32)]},
             "signals": {"names": [f"s{i}" for i in range(14)], "rows": rows, "source": "item", "note": None},
             **{"vocabulary": [f"word{i}" for i in range(90)], "n_layers": 6, "n_heads": 8, "conditions": conditions},
             "picture": kind,
