@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, get_args
@@ -18,15 +17,13 @@ from slitlamp.decoding.views import image_free
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models import Anatomy, Batch
 from slitlamp.tracing import Edit, Site, Trace, View, sites
+from slitlamp.tracing.lens import lens_logits
 from slitlamp.tracing.trace import Source
 
 Need = Literal["heads", "logits", "without", "noised", "attention", "outliers", "lens", "state"]
 NEEDS: Final[tuple[str, ...]] = get_args(Need)
 """Head outputs with and without the image; next-token logits with the image, without it, and with noise in it; attention on
 the image; the tower's own outliers; states of image tokens; the state before the object."""
-
-_LENS_VALUES = 16_000_000
-"""Most logits of image tokens held at a time (64 MB in float32)."""
 
 
 @dataclass(frozen=True)
@@ -243,21 +240,6 @@ class Readings:
         """How frequent its object is [n]; NaN where that is not known."""
         values: Any = self.table["frequency"] if "frequency" in self.table else float("nan")
         return torch.tensor(pd.Series(values, index=self.table.index, dtype="float64").to_numpy())
-
-
-def lens_logits(source: Source, states: Tensor) -> Iterator[Tensor]:
-    """The logit lens: the model's own final norm and unembedding on states [token, d_model], some tokens at a time.
-
-    Yields:
-        [some tokens, vocabulary] in float32, soft-capped where the model does so.
-    """
-    norm = source.model.get_submodule(source.anatomy.modules["final_norm"])
-    head = source.model.get_submodule(source.anatomy.modules["head"])
-    cap = source.anatomy.logit_softcap
-    with torch.no_grad():
-        for some in states.split(max(1, _LENS_VALUES // source.anatomy.d_vocab)):
-            logits = head(norm(some[None]))[0].float()
-            yield logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def checked_layer(layer: int | None, default: int, n_layers: int, name: str) -> int:

@@ -11,9 +11,9 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from probes.ledger_readings import lens_logits
 from probes.token_sets import object_tokens, shifted_tokens
 from slitlamp.models.patches import Patches
+from slitlamp.tracing.lens import lens_logits
 from slitlamp.tracing.probe import Array
 from slitlamp.tracing.trace import Source
 

@@ -14,6 +14,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from slitlamp.decoding.beam_search import Beams
 from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.batch import Batch
+from slitlamp.reporters import html_of
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,9 @@ class Generation:
                 f"  tracebacks: {len(back) - n_capped} in {n_texts} texts, {n_capped} times a sentence put back"
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str | None:
+        return html_of("generation_html", self)
 
 
 def token_spans(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, tuple[tuple[int, int], ...]]:

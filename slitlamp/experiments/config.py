@@ -167,6 +167,7 @@ class Config(_Strict):
     causal: bool | Annotated[int, Field(ge=1)] = False
     perplexity: bool = False
     showcase: list[str] | bool = False
+    viewer: bool | Annotated[int, Field(ge=1)] | list[str] = False
     seed: int = Field(default=0, ge=0)
     batch_size: int = Field(default=16, ge=1)
     max_new_tokens: dict[Task, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)

@@ -16,6 +16,7 @@ from slitlamp.experiments.folder import RunFolder
 from slitlamp.experiments.models import organism_seed
 from slitlamp.experiments.plan import Plan, probe_keys
 from slitlamp.experiments.run import Run
+from slitlamp.experiments.viewer import check_items
 
 if TYPE_CHECKING:
     from slitlamp.decoding import Intervention
@@ -55,6 +56,8 @@ class Experiment:
             many items at most.
         perplexity: whether captions are also scored by how likely the unmodified model finds them (one more pass each).
         showcase: caption items to be shown word by word in the report: their ids, or True for one chosen by rule.
+        viewer: items that can be looked into in the report's viewer: their ids (or `data set:id`), how many, or True for a
+            dozen chosen by rule.
         generation: further options of Hugging Face's `generate`; greedy decoding by default.
         n_resamples, level: of the bootstrap intervals over images.
         title: of the report.
@@ -78,6 +81,7 @@ class Experiment:
     causal: bool | int = False
     perplexity: bool = False
     showcase: bool | Sequence[str] = False
+    viewer: bool | int | Sequence[str] = False
     generation: Mapping[str, Any] = field(default_factory=dict)
     n_resamples: int = 2000
     level: float = 0.95
@@ -117,7 +121,7 @@ class Experiment:
                 key: getattr(config, key)
                 for key in (
                     *("seed", "controls", "pairs", "comparisons", "batch_size", "probe_conditions", "probe_datasets"),
-                    *("causal", "perplexity", "showcase", "generation", "n_resamples", "level", "title"),
+                    *("causal", "perplexity", "showcase", "viewer", "generation", "n_resamples", "level", "title"),
                 )
             },
             **options,
@@ -157,6 +161,8 @@ class Experiment:
             raise InputError("the list of models is empty")
         if self.showcase:
             raise InputError("'showcase' shows the captions of one model; leave it out, or give one model")
+        if self.viewer:
+            raise InputError("'viewer' looks into one model; leave it out, or give one model")
         return [ModelConfig(id=one) if isinstance(one, str) else one for one in self.model]
 
     def check(self) -> Plan:
@@ -190,6 +196,7 @@ class Experiment:
         for one in shown:
             if one not in ids:
                 raise unknown("caption item in 'showcase'", one, ids)
+        check_items(self.viewer, datasets)
         for data in datasets:
             data.check()
         folder = RunFolder(self.output)

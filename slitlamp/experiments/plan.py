@@ -75,6 +75,7 @@ class Plan:
             "causal": one.causal,
             "perplexity": one.perplexity or None,
             "showcase": one.showcase if isinstance(one.showcase, bool) else list(one.showcase),
+            "viewer": (one.viewer if isinstance(one.viewer, bool | int) else list(one.viewer)) or None,
             "seed": one.seed,
             "batch_size": one.batch_size,
             "max_new_tokens": dict(tokens) if tokens else None,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 
-from slitlamp.errors import RunFolderError, UnsupportedError, unknown
+from slitlamp.errors import RunFolderError, unknown
 from slitlamp.experiments import folder as names
 from slitlamp.experiments import registry, storage
+from slitlamp.reporters import html_of, reporter
 
-REPORTERS = "slitlamp.reporters"
 _VIEWS = {"pope": "pope", "chair": "captions"}
 
 
@@ -115,31 +113,23 @@ class Run:
 
     def figure(self, name: str) -> Any:
         """A figure of the report by name, as a matplotlib Figure. Raises UnknownNameError with the nearest names."""
-        known = _reporter("figure_names")(self.folder)
+        known = reporter("figure_names")(self.folder)
         if name not in known:
             raise unknown("figure", name, known)
-        return _reporter("figure")(self.folder, name)
+        return reporter("figure")(self.folder, name)
 
     def report(self) -> Path:
         """Write figures/ and report.html from what the folder holds, and return the report's path."""
-        return Path(_reporter("report")(self.folder))
+        return Path(reporter("report")(self.folder))
 
     def __repr__(self) -> str:
         state = "finished" if self.finished else "not finished"
         return f"Run({self.folder}: {state}; tables: {', '.join(self.table_names)})"
 
+    def _repr_html_(self) -> str | None:
+        return html_of("run_html", self)
+
 
 def load_run(path: str | Path) -> Run:
     """The run in a folder."""
     return Run(path)
-
-
-def _reporter(name: str) -> Callable[..., Any]:
-    """What draws and reports runs lies above this package, so it is found by entry point, as probes are."""
-    for point in metadata.entry_points(group=REPORTERS):
-        if point.name == name:
-            loaded: Callable[..., Any] = point.load()
-            return loaded
-    raise UnsupportedError(
-        f"no installed package provides {name!r} in the entry points {REPORTERS!r}; install slitlamp (pip install -e .)"
-    )

@@ -29,6 +29,7 @@ from slitlamp.experiments.run import Run
 from slitlamp.experiments.scores import score
 from slitlamp.experiments.showcase import make_showcase
 from slitlamp.experiments.verdicts import verdict_tables
+from slitlamp.experiments.viewer import make_viewer
 from slitlamp.progress import progress_bar, working
 from slitlamp.tracing import Part
 
@@ -288,6 +289,9 @@ class Runner:
         if plan.experiment.showcase:
             with self._timed("showcase"), working(shown, "showcase"):
                 tables |= make_showcase(plan, self.vlm, predictions, tables)
+        if plan.experiment.viewer:
+            with self._timed("viewer"):
+                make_viewer(plan, self.vlm, predictions, tables)
         for name, frame in tables.items():
             self.folder.write_table(name, frame)
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from slitlamp.experiments.storage import write_bytes
-from slitlamp.reports import compose, findings, probe_sections, tables, verdicts
+from slitlamp.reports import compose, findings, probe_sections, tables, verdicts, viewer
 from slitlamp.reports.data import RunData
 from slitlamp.reports.figures import FIGURES, RunFigure, run_figures, to_png, to_svg
 from slitlamp.reports.metrics import DEFINITIONS, METRICS, is_pope, split_name
@@ -147,6 +147,7 @@ def _context(data: RunData, sections: list[Section]) -> dict[str, Any]:
         "headline": [*probe_sections.headline(data), *(verdicts.headline(data) or findings.headline(data))],
         "gloss": _gloss(data),
         "tables": [one for one in (tables.headline_table(data), tables.control_table(data)) if one is not None],
+        "viewer": _viewer(data),
         "sections": sections,
         "missing": [FIGURES[name].title for name in FIGURES if name not in {section.name for section in sections}],
         "level": data.level,
@@ -158,6 +159,15 @@ def _context(data: RunData, sections: list[Section]) -> dict[str, Any]:
         ),
         "whole": [one for one in (tables.whole_table(data, name) for name in _WHOLE_TABLES) if one is not None],
     }
+
+
+def _viewer(data: RunData) -> dict[str, Any] | None:
+    """The viewer for the template, with its script, which alone the page lets run."""
+    found = viewer.viewer_of(data)
+    if found is None:
+        return None
+    own = {"script": viewer.script(), "script_source": viewer.script_source(), "style": viewer.style_sheet()}
+    return {"data": found.data, "note": found.note, **own}
 
 
 def _facts(data: RunData) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ import pandas as pd
 from slitlamp.errors import InputError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
+from slitlamp.reporters import html_of
 from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.session import AnyEdit
 from slitlamp.tracing.sites import Site
@@ -113,6 +114,9 @@ class ProbeResult:
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {table.shape}" for name, table in self.tables.items())
         return f"{self.name}: {self.summary}\n  tables: {shapes}"
+
+    def _repr_html_(self) -> str | None:
+        return html_of("probe_html", self)
 
 
 class Probe(ABC):

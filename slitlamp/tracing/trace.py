@@ -14,6 +14,7 @@ from slitlamp.errors import InputError, unknown
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
 from slitlamp.models.patches import BASE_VIEW
+from slitlamp.reporters import html_of
 from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.nonfinite import NonFinite
 from slitlamp.tracing.sites import _CANONICAL, Site
@@ -292,6 +293,9 @@ class Trace:
             return f"Trace({', '.join(self.sites)}; nothing has run yet)"
         lines = [f"Trace of {self.batch.size} rows, {len(self.steps)} forward calls, {self.nbytes() / 1e6:.1f} MB"]
         return "\n  ".join([*lines, *(repr(self.record(label)) for label in self.sites)])
+
+    def _repr_html_(self) -> str | None:
+        return html_of("trace_html", self)
 
 
 def _layer_of(name: str) -> tuple[str, int] | None:
