@@ -140,11 +140,12 @@ def _against_scores(alignment: pd.DataFrame, scores: pd.DataFrame) -> dict[str, 
     rows = []
     keys = ["dataset", "kind", "variant", "score_dataset", "metric"]
     for values, group in table.groupby(keys, sort=False):
-        for against, x in (("alignment", "value"), ("training step", "order")):
+        stepped = group[group["step"].notna()]
+        for against, x, of in (("alignment", "value", group), ("training step", "step", stepped)):
             for method in ("spearman", "pearson"):
-                if against == "training step" and (method == "pearson" or group["model"].nunique() < 2):
+                if against == "training step" and (method == "pearson" or of["model"].nunique() < 2):
                     continue
-                found = correlation_interval(group[x], group["score"], method)
+                found = correlation_interval(of[x], of["score"], method)
                 rows.append(
                     {
                         **dict(zip(keys, values, strict=True)),

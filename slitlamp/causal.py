@@ -115,7 +115,10 @@ def causal_check(
                     gathered[number][draw].append(_sums(batch, rows, plain, edited))
                     bar.advance(task)
     if not groups:
-        raise InputError("no batch holds a generated token to look at")
+        raise InputError(
+            "no batch holds a generated token to look at: the texts name no object, or no answer is yes or no. Take more items, "
+            "or give no labels (None) to look at every token"
+        )
     options = {"n_resamples": n_resamples, "level": level, "seed": seed}
     tables = []
     for target, draws in zip(targets, gathered, strict=True):

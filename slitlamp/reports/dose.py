@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ CONTROLS = (
 
 
 class Doses(NamedTuple):
-    """The method, the parameter that is swept, and its value by condition; of a parameter that is a list, its length."""
+    """The method, the parameter that is swept, and its value by condition; of nested lists, their length."""
 
     method: str
     parameter: str
@@ -71,6 +72,8 @@ def doses(conditions: Mapping[str, Any]) -> Doses | None:
     values = [parameters.get(varied[0]) for _, parameters in found.values()]
     method, parameter = next(iter(found.values()))[0], varied[0]
     if all(isinstance(one, list) for one in values):
+        if not _nested(values):
+            return None
         values, parameter = [len(one) for one in values if isinstance(one, list)], f"number of {parameter}"
     if len(set(map(str, values))) < len(values):
         return None
@@ -78,6 +81,12 @@ def doses(conditions: Mapping[str, Any]) -> Doses | None:
     if len(numbers) < len(values):
         return None
     return Doses(method, parameter, dict(zip(found, numbers, strict=True)))
+
+
+def _nested(sets: list[Any]) -> bool:
+    """Whether each set is part of the next larger one: their number alone is then what differs."""
+    ordered = sorted((set(map(str, one)) for one in sets), key=len)
+    return all(small <= large for small, large in itertools.pairwise(ordered))
 
 
 def dose_scores(data: RunData) -> pd.DataFrame | None:

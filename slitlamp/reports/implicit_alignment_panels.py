@@ -215,14 +215,16 @@ def model_looks(models: Sequence[str], names: Sequence[str]) -> dict[str, Look]:
 
 @styled
 def score_scatter(rows: pd.DataFrame, names: Mapping[str, str], ax: Axes | None = None) -> Axes:
-    """A score of every model against its alignment, with intervals in both directions; models joined in their order.
+    """A score of every model against its alignment, with intervals in both directions; checkpoints of a training (circles) are
+    joined in their order, other models (squares) are named.
 
     Args:
-        rows: one row per model: columns model, order, value, low, high (alignment), score, score_low, score_high, metric.
+        rows: one row per model: columns model, order, step (NaN: no checkpoint), value, low, high (alignment), score, score_low,
+            score_high, metric.
         names: short names of the models.
         ax: where to draw; a new figure if None.
     """
-    need(rows, "model", "order", "value", "low", "high", "score", "score_low", "score_high", "metric")
+    need(rows, "model", "order", "step", "value", "low", "high", "score", "score_low", "score_high", "metric")
     ax = axes_or_new(ax)
     rows = rows.sort_values("order")
     x, y = rows["value"].to_numpy(), rows["score"].to_numpy()
@@ -231,10 +233,17 @@ def score_scatter(rows: pd.DataFrame, names: Mapping[str, str], ax: Axes | None 
         for mid, low, high in (("value", "low", "high"), ("score", "score_low", "score_high"))
     ]
     ax.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=GREY, elinewidth=0.9)
-    ax.plot(x, y, color="#bbbbbb", linewidth=0.8, zorder=1)
+    stepped = rows["step"].notna().to_numpy()
+    ax.plot(x[stepped], y[stepped], color="#bbbbbb", linewidth=0.8, zorder=1)
     shades = colormaps[MAP](np.linspace(0.92, 0.0, max(len(rows), 2)))[: len(rows)]
-    ax.scatter(x, y, c=shades, s=26, edgecolors=INK, linewidths=0.6, zorder=3)
-    for place in {0, len(rows) - 1}:
+    for chosen, marker in ((stepped, "o"), (~stepped, "s")):
+        ax.scatter(
+            x[chosen], y[chosen], c=shades[chosen], s=26, marker=marker, edgecolors=INK, linewidths=0.6, zorder=3
+        )
+    if str(rows["metric"].iloc[0]) == "accuracy":
+        reference_line(ax, 0.5, "chance", horizontal=True, kind="chance")
+    ends = np.flatnonzero(stepped)[[0, -1]] if stepped.any() else []
+    for place in sorted({*ends, *np.flatnonzero(~stepped)}):
         ax.annotate(
             names[str(rows["model"].iloc[place])],
             (x[place], y[place]),

@@ -18,6 +18,7 @@ from slitlamp.reports import compose, findings, probe_sections, tables, verdicts
 from slitlamp.reports.data import RunData
 from slitlamp.reports.figures import FIGURES, RunFigure, run_figures, to_png, to_svg
 from slitlamp.reports.metrics import DEFINITIONS, METRICS, is_pope, split_name
+from slitlamp.reports.papers import run_findings
 from slitlamp.reports.showcase import Scene, read_scenes
 from slitlamp.reports.style import NARROW, WIDE
 from slitlamp.reports.tables import Table
@@ -65,13 +66,20 @@ def write_report(run_folder: str | Path) -> Path:
         RunFolderError: this is no run folder, or it cannot be written.
     """
     data = RunData(Path(run_folder))
-    sections = [
-        section for name, one in run_figures(data).items() if (section := _section(data, name, one)) is not None
-    ]
+    figures = run_figures(data)
+    sections = [section for name, one in figures.items() if (section := _section(data, name, one)) is not None]
+    _remove_figures(data, set(figures) - {section.name for section in sections})
     page = _environment().get_template("report.html.j2").render(_context(data, sections))
     path = data.folder / "report.html"
     write_bytes(path, page.encode())
     return path
+
+
+def _remove_figures(data: RunData, names: set[str]) -> None:
+    """Remove what an earlier version drew and this one has no data for."""
+    for path in (data.folder / "figures").glob("*"):
+        if path.stem in names and path.suffix in (".svg", ".png"):
+            path.unlink()
 
 
 def _section(data: RunData, name: str, one: RunFigure) -> Section | None:
@@ -148,6 +156,7 @@ def _context(data: RunData, sections: list[Section]) -> dict[str, Any]:
         "gloss": _gloss(data),
         "tables": [one for one in (tables.headline_table(data), tables.control_table(data)) if one is not None],
         "viewer": _viewer(data),
+        "papers": run_findings(data.folder),
         "sections": sections,
         "missing": [FIGURES[name].title for name in FIGURES if name not in {section.name for section in sections}],
         "level": data.level,

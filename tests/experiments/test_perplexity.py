@@ -175,3 +175,5 @@ def test_the_strength_of_a_list_is_its_length() -> None:
     assert doses({"baseline": [], **entries}) == ("CutAttention", "number of layers", {"n1": 1.0, "n2": 2.0, "n4": 4.0})
     alike = {"a": [{"CutAttention": {"layers": [0]}}], "b": [{"CutAttention": {"layers": [1]}}]}
     assert doses({"baseline": [], **alike, "c": [{"CutAttention": {"layers": [0, 1]}}]}) is None
+    apart = {str(n): [{"CutAttention": {"layers": one}}] for n, one in enumerate(([0], [1, 2], [1, 2, 3]))}
+    assert doses({"baseline": [], **apart}) is None

@@ -95,6 +95,7 @@ def test_planted_relation_to_a_score_is_found_with_its_sign() -> None:
     assert (own["n_models"] == 5).all()
     control = table.query("kind == 'same_layer' and variant == 'raw' and of == 'training step'")
     assert control["r"].iloc[0] == pytest.approx(-1)
+    assert control["n_models"].iloc[0] == 4  # a model whose name holds no step has none
     assert control["p_adjusted"].isna().all()
     assert "expected negative" in found.summary
 

@@ -236,3 +236,20 @@ def test_few_images_are_said_to_be_too_few(make_run: Callable[..., Path]) -> Non
     assert "too few for any conclusion" not in read(run)[1].text
     scores.assign(n_images=4).to_parquet(run / "tables" / "conditions.parquet")
     assert "Only 4 images: too few for any conclusion" in read(run)[1].text
+
+
+def test_the_folder_of_a_papers_figure_says_what_the_paper_found_and_keeps_no_old_figure(
+    demo_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "vhd_fig3_t_vhd"
+    shutil.copytree(demo_run, run)
+    (run / "figures").mkdir(exist_ok=True)
+    for name in ("skipped_operations.png", "mine.png"):
+        (run / "figures" / name).write_bytes(b"")
+    page = write_report(run).read_text(encoding="utf-8")
+    kept = {path.name for path in (run / "figures").iterdir()}
+    assert "skipped_operations.png" not in kept
+    assert {"mine.png", "chair.png"} <= kept
+    assert "Beside the paper" in page
+    assert "T-VHD is lower for hallucinated" in page
+    assert "Beside the paper" not in write_report(demo_run).read_text(encoding="utf-8")

@@ -166,7 +166,8 @@ def alignment(n_models: int = 4) -> pd.DataFrame:
     x = np.linspace(0.1, 0.4, n_models)
     return pd.DataFrame(
         {
-            "model": [f"m{place}" for place in range(n_models)], "order": range(n_models), "metric": "accuracy", "value": x,
+            "model": [f"m{place}" for place in range(n_models)], "order": range(n_models),
+            "step": [*range(n_models - 1), np.nan], "metric": "accuracy", "value": x,
             "low": x - 0.02, "high": x + 0.03, "score": 0.9 - x, "score_low": 0.86 - x, "score_high": 0.95 - x,
         }
     )  # fmt: skip
@@ -325,7 +326,7 @@ def examples() -> dict[str, Example]:
         "scatter_tokens": Example((tokens_in_two_dimensions().query("layer == 0"), "pc1", "pc2"), columns=("pc1", "pc2")),
         "vocabulary_bars": Example((vocabulary[vocabulary["rank"] <= 8],), columns=BARS),
         "score_scatter": Example((alignment(), {f"m{place}": f"step {place}" for place in range(4)}),
-                                 columns=("value", "low", "high", "score", "score_low", "score_high")),
+                                 columns=("value", "low", "high", "score", "score_low", "score_high"), lines=(0.5,)),
         "interaction_panel": Example(
             (["a", "b"], {"a": Estimate(-0.05, -0.08, -0.02), "b": Estimate(0.01, -0.02, 0.04)},
              {("a", "b"): Estimate(-0.03, -0.06, 0.0)}, {("a", "b"): Estimate(0.01, -0.01, 0.03)}, "chair_i"),
