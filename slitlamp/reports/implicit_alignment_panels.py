@@ -242,8 +242,8 @@ def score_scatter(rows: pd.DataFrame, names: Mapping[str, str], ax: Axes | None 
         )
     if str(rows["metric"].iloc[0]) == "accuracy":
         reference_line(ax, 0.5, "chance", horizontal=True, kind="chance")
-    ends = np.flatnonzero(stepped)[[0, -1]] if stepped.any() else []
-    for place in sorted({*ends, *np.flatnonzero(~stepped)}):
+    ends = np.flatnonzero(stepped)
+    for place in sorted({*ends[:1], *ends[-1:], *np.flatnonzero(~stepped)}):
         ax.annotate(
             names[str(rows["model"].iloc[place])],
             (x[place], y[place]),
