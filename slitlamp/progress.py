@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 
@@ -24,7 +26,7 @@ class RateColumn(ProgressColumn):
     """How many a second; of slow work, how many a minute; nothing before the first."""
 
     def __init__(self, unit: str) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self._unit = unit
 
     def render(self, task: Task) -> Text:
@@ -34,6 +36,16 @@ class RateColumn(ProgressColumn):
             return Text("")
         often = f"{speed:.3g} {self._unit}/s" if speed >= 0.5 else f"{60 * speed:.3g} {self._unit}/min"
         return Text(often, style="progress.data.speed")
+
+
+class LeftColumn(TimeRemainingColumn):
+    """The time that is left; once it is done, the time it took."""
+
+    def render(self, task: Task) -> Text:
+        """As in "0:01:30 left"."""
+        if task.finished:
+            return Text(str(timedelta(seconds=int(task.finished_time or 0))), style="progress.elapsed")
+        return super().render(task).append(" left")
 
 
 @contextmanager
@@ -54,14 +66,12 @@ def progress_bar(shown: bool, *more: ProgressColumn, unit: str = "items") -> Pro
         unit: what is counted.
     """
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=28)),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
         RateColumn(unit),
         *more,
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        LeftColumn(table_column=Column(no_wrap=True)),
         console=Console(stderr=True),
         disable=not shown,
         speed_estimate_period=120.0,  # a batch may take a minute

@@ -6,10 +6,9 @@ import io
 
 import pytest
 from rich.console import Console
-from rich.progress import Progress, Task, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import Progress, Task
 
-from slitlamp.progress import RateColumn, progress_bar, working
+from slitlamp.progress import LeftColumn, RateColumn, progress_bar, working
 
 
 def rendered(seconds: float, done: int) -> tuple[str, str]:
@@ -21,15 +20,15 @@ def rendered(seconds: float, done: int) -> tuple[str, str]:
     for _ in range(done):
         now[0] += seconds / done
         bar.advance(task.id)
-    left = TimeRemainingColumn().render(task)
-    assert isinstance(left, Text)
+    left = LeftColumn().render(task)
     return RateColumn("items").render(task).plain, left.plain
 
 
 def test_rate_and_time_left() -> None:
-    assert rendered(10.0, 20) == ("2 items/s", "0:00:40")
-    assert rendered(100.0, 10) == ("6 items/min", "0:15:00")
+    assert rendered(10.0, 20) == ("2 items/s", "0:00:40 left")
+    assert rendered(100.0, 10) == ("6 items/min", "0:15:00 left")
     assert rendered(0.0, 0)[0] == ""
+    assert rendered(75.0, 100)[1] == "0:01:15"
 
 
 def test_a_bar_that_is_not_shown_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,9 +44,9 @@ def test_a_bar_that_is_not_shown_writes_nothing(capsys: pytest.CaptureFixture[st
 
 def test_columns_fit_a_terminal() -> None:
     bar = progress_bar(False)
-    bar.advance(bar.add_task("baseline · emoji_scenes/captions", total=10), 5)
+    bar.advance(bar.add_task("head_reinforcement_random · emoji_scenes/pope_adversarial", total=1000), 500)
     stream = io.StringIO()
-    Console(file=stream, width=110).print(bar.make_tasks_table(bar.tasks))
+    Console(file=stream, width=80).print(bar.make_tasks_table(bar.tasks))
     (line,) = stream.getvalue().strip().splitlines()
-    assert "5/10" in line
+    assert "500/1000" in line
     assert "left" in line
