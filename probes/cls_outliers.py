@@ -179,7 +179,7 @@ class ClsOutliers(GatheringProbe):
             token_values=values.float().numpy(),
         )
         if not self._has("picture") or len(self._get("picture")) < self.n_maps:
-            small = batch.images[row][0].convert("RGB").resize((THUMBNAIL, THUMBNAIL))
+            small = batch.seen(row).convert("RGB").resize((THUMBNAIL, THUMBNAIL))
             self._rows(picture=np.asarray(small, dtype=np.int16)[None])
         for label, tokens in named.items():
             for token in tokens:

@@ -122,7 +122,7 @@ def _comes_first(patches: Patches) -> bool:
 def covered(boxes: Iterable[Box], grid: tuple[int, int]) -> Tensor:
     """The share of every cell of a grid that lies in one of the boxes: float32 [row, column], in steps of 1 / `SAMPLES`^2.
 
-    Boxes are laid on the grid as if it covered the whole image, which processors that crop the image do not keep.
+    Boxes are in shares of what the grid covers, as `VLM.measure` gives them.
     """
     rows, columns = grid
     y = (torch.arange(rows * SAMPLES) + 0.5) / (rows * SAMPLES)

@@ -31,7 +31,7 @@ from slitlamp.tracing.call import Calls
 from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.nonfinite import NonFinite, check_policy
 from slitlamp.tracing.pause import Pause
-from slitlamp.tracing.probe import Labels
+from slitlamp.tracing.probe import Labels, labels_as_seen
 from slitlamp.tracing.session import only_in_prefill
 from slitlamp.tracing.store.writer import StoredTrace, StoreOptions, closing
 from slitlamp.tracing.trace import Source
@@ -579,8 +579,10 @@ class VLM:
 
         Interventions in force act on the batch itself; its other versions (without the image, say) run unmodified. A contrast
         changes nothing that is recorded, and does not run. Where edits of visual tokens shorten the prompts, the probe is
-        given the shortened batch, and the other versions are those of the whole one.
+        given the shortened batch, and the other versions are those of the whole one. Boxes among the labels, which are in shares
+        of the picture, are given to it in shares of what the model sees of it (see `Batch.window`).
         """
+        labels = labels_as_seen(batch, labels)
         sites = probe.sites(self.anatomy)
         with self.trace(*sites) as trace:
             self._forward(batch, _logits_needed(sites), (), None)

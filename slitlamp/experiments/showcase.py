@@ -112,7 +112,7 @@ def _write_image(plan: Plan, batch: Batch, name: str) -> None:
     import io
 
     stream = io.BytesIO()
-    batch.images[0][0].save(stream, format="PNG")
+    batch.seen(0).save(stream, format="PNG")
     storage.write_bytes(plan.folder.path / name, stream.getvalue())
 
 

@@ -63,7 +63,7 @@ def make_viewer(plan: Plan, vlm: VLM, predictions: Mapping[tuple[str, str], pd.D
 
 def _write(path: Path, shown: Shown, batch: Batch, share: float) -> None:
     """Write one item in as much detail as fits into its share of bytes."""
-    picture, kind = picture_bytes(batch.images[0][0], share * _PICTURE_SHARE) if batch.images[0] else (b"", "")
+    picture, kind = picture_bytes(batch.seen(0), share * _PICTURE_SHARE) if batch.images[0] else (b"", "")
     most = share - len(picture) * 4 / 3
     header, arrays = fitted({**shown.header, "picture": kind}, shown.arrays, shown.maps, shown.named, most)
     content = {**arrays, "picture": np.frombuffer(picture, dtype=np.uint8)}

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from slitlamp.errors import InputError, UnsupportedError
+from slitlamp.models.images import WHOLE, CenterCrop, Window
 from slitlamp.models.patches import Patches
 
 POSITIONS = "position_ids"
@@ -49,6 +50,7 @@ class Batch:
         image_token_id: the id at image positions.
         unk_token_id: the tokenizer's id of a word that it does not know; None where it has none.
         black, white: per channel, what the image processor makes of pixels of 0 and of full brightness.
+        crop: what the processor cuts out of a picture; None where the model sees the whole.
         groups: per row, what it shares with rows that are not independent of it: its image (see `grouped`). By default
             its id.
     """
@@ -73,6 +75,7 @@ class Batch:
     unk_token_id: int | None = None
     black: tuple[float, ...] = ()
     white: tuple[float, ...] = ()
+    crop: CenterCrop | None = None
     groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -88,6 +91,18 @@ class Batch:
         if len(groups) != self.size:
             raise InputError(f"{len(groups)} groups for {self.size} rows")
         return replace(self, groups=tuple(str(one) for one in groups))
+
+    def window(self, row: int, image: int = 0) -> Window:
+        """The part of an image that the model sees, on which the grid of the whole image lies (see `Patches`)."""
+        return WHOLE if self.crop is None else self.crop.window(self.images[row][image].size)
+
+    def seen(self, row: int, image: int = 0) -> Image:
+        """An image as far as the model sees it, in its own pixels."""
+        picture = self.images[row][image]
+        left, top, right, bottom = self.window(row, image)
+        width, height = picture.size
+        box = (round(left * width), round(top * height), round(right * width), round(bottom * height))
+        return picture if box == (0, 0, width, height) else picture.crop(box)
 
     @property
     def size(self) -> int:

@@ -14,7 +14,7 @@ from slitlamp.errors import InputError, UnsupportedError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
 from slitlamp.models.families import Family
-from slitlamp.models.images import load_image, per_prompt
+from slitlamp.models.images import CenterCrop, load_image, per_prompt
 from slitlamp.models.patches import Patches
 
 if TYPE_CHECKING:
@@ -135,6 +135,8 @@ def encode(
         unk_token_id=None if unk is None else int(unk),
         black=black,
         white=white,
+        # processors that cut tiles resize the whole image to a square in place of cropping it, whatever their setting says
+        crop=None if family.tiles is not None else CenterCrop.of(processor.image_processor),
     ).padded_left()
     return batch if given is loaded else _without_blanks(batch)
 

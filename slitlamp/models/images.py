@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,47 @@ SMALLEST_SIDE = 4
 LARGEST_ASPECT = 200.0
 
 ImageLike = str | Path | Image | np.ndarray[Any, Any]
+Window = tuple[float, float, float, float]
+"""A part of a picture: left, top, right, bottom in shares of its width and height."""
+WHOLE: Window = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """What a processor does that cuts out the middle of a picture (CLIP's, so that of LLaVA-1.5, of any that is not square).
+
+    Attributes:
+        shortest: to which length the shorter side is resized first; None where `resized` says both.
+        resized: (height, width) to which the picture is resized; None where it keeps its shape, or is not resized.
+        height, width: of what is cut out; black bars are added where the picture is smaller.
+    """
+
+    shortest: int | None
+    resized: tuple[int, int] | None
+    height: int
+    width: int
+
+    @staticmethod
+    def of(image_processor: Any) -> CenterCrop | None:
+        """From an image processor; None where it does not crop."""
+        if not getattr(image_processor, "do_center_crop", False):
+            return None
+        size = dict(image_processor.size or {}) if getattr(image_processor, "do_resize", True) else {}
+        crop = dict(image_processor.crop_size)
+        tall, wide, shortest = (size.get(name) for name in ("height", "width", "shortest_edge"))
+        resized = None if tall is None or wide is None else (int(tall), int(wide))
+        return CenterCrop(None if shortest is None else int(shortest), resized, int(crop["height"]), int(crop["width"]))
+
+    def window(self, size: tuple[int, int]) -> Window:
+        """The part that is cut out of a picture of (width, height); beyond 0 and 1 where bars are added."""
+        width, height = size
+        if self.resized is not None:
+            height, width = self.resized
+        elif self.shortest is not None:
+            short = min(width, height)
+            width, height = (int(self.shortest * side / short) for side in (width, height))
+        left, top = (width - self.width) // 2, (height - self.height) // 2
+        return left / width, top / height, (left + self.width) / width, (top + self.height) / height
 
 
 def load_image(source: ImageLike, where: str = "image") -> Image:

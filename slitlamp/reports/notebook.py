@@ -251,7 +251,7 @@ def _entry(trace: Trace, label: str, row: int, share: float) -> viewer.Entry:
     maps: Maps = maps_of(parts, Cells.of(patches), record.layers, per_head)
     picture, kind = b"", ""
     if trace.batch.images[row]:
-        picture, kind = picture_bytes(trace.batch.images[row][0], share / 4)
+        picture, kind = picture_bytes(trace.batch.seen(row), share / 4)
     anatomy = trace.source.anatomy if trace.source is not None else None
     header = {
         "item": str(trace.batch.ids[row]),

@@ -14,6 +14,7 @@ import pandas as pd
 from slitlamp.errors import InputError
 from slitlamp.models.anatomy import Anatomy
 from slitlamp.models.batch import Batch
+from slitlamp.models.images import Window
 from slitlamp.reporters import html_of
 from slitlamp.tracing.gradients import Scalar
 from slitlamp.tracing.session import AnyEdit
@@ -31,8 +32,31 @@ Labels = Sequence[pd.DataFrame | None]
 Columns: `token` (from 0), `word`, `label` ("object", "hallucinated" or "other" in captions; "correct" or "wrong" at the
 answer of a yes/no question), and where the data set knows them `category` (the object that is named or asked for),
 `frequency` (the share of the data set's images that hold it), `truth` (the right answer of a question) and `boxes` (where
-it is: a list of (left, top, right, bottom) in shares of the image).
+it is: a list of (left, top, right, bottom) in shares of the image; where a probe takes them in, of what the model sees of it).
 """
+
+
+def labels_as_seen(batch: Batch, labels: Labels | None) -> Labels | None:
+    """The labels with boxes in shares of what the model sees of the first image; boxes that are wholly outside are left out."""
+    if labels is None or batch.crop is None:
+        return labels
+    return [
+        table.assign(boxes=[_seen(boxes, batch.window(row)) for boxes in table["boxes"]])
+        if table is not None and "boxes" in table and batch.images[row]
+        else table
+        for row, table in enumerate(labels)
+    ]
+
+
+def _seen(boxes: Any, window: Window) -> Any:
+    """Boxes of one label, cut to a window and in shares of it; what is no list of them (None, NaN) as it is."""
+    if not isinstance(boxes, Sequence):
+        return boxes
+    start, size = np.array(window[:2]), np.array(window[2:]) - np.array(window[:2])
+    moved = ((np.array(box).reshape(2, 2) - start) / size for box in boxes)
+    cut = (np.clip(one, 0.0, 1.0) for one in moved)
+    return tuple(tuple(one.ravel().tolist()) for one in cut if (one[1] > one[0]).all())
+
 
 EditsOf = Callable[[Batch], Sequence[AnyEdit]]
 """From a batch to the edits of a run on it."""
