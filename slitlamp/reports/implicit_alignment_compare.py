@@ -108,6 +108,7 @@ def _scatters(tables: Tables, width: float, metrics: Sequence[tuple[str, str]]) 
         ].iloc[0]
         ax.set_title(f"ρ = {found['r']:.2f} [{found['low']:.2f}, {found['high']:.2f}]", fontsize=8.5)
         ax.set_ylabel(f"{METRICS[str(metric)]}, {str(dataset).rpartition('/')[2]}", fontsize=8)
+    own_legend(figure, axes[:1])
     return figure
 
 

@@ -213,10 +213,13 @@ def model_looks(models: Sequence[str], names: Sequence[str]) -> dict[str, Look]:
     }
 
 
+_OTHERS: Final = ("s", "D", "^", "P", "v", "X")
+
+
 @styled
 def score_scatter(rows: pd.DataFrame, names: Mapping[str, str], ax: Axes | None = None) -> Axes:
     """A score of every model against its alignment, with intervals in both directions; checkpoints of a training (circles) are
-    joined in their order, other models (squares) are named.
+    joined in their order, the first and the last named; other models have markers of their own, for a legend.
 
     Args:
         rows: one row per model: columns model, order, step (NaN: no checkpoint), value, low, high (alignment), score, score_low,
@@ -236,16 +239,19 @@ def score_scatter(rows: pd.DataFrame, names: Mapping[str, str], ax: Axes | None 
     stepped = rows["step"].notna().to_numpy()
     ax.plot(x[stepped], y[stepped], color="#bbbbbb", linewidth=0.8, zorder=1)
     shades = colormaps[MAP](np.linspace(0.92, 0.0, max(len(rows), 2)))[: len(rows)]
-    for chosen, marker in ((stepped, "o"), (~stepped, "s")):
+    ax.scatter(x[stepped], y[stepped], c=shades[stepped], s=26, edgecolors=INK, linewidths=0.6, zorder=3)
+    short = [names[str(one)] for one in rows["model"]]
+    for number, place in enumerate(np.flatnonzero(~stepped)):
         ax.scatter(
-            x[chosen], y[chosen], c=shades[chosen], s=26, marker=marker, edgecolors=INK, linewidths=0.6, zorder=3
-        )
+            x[place], y[place], color=shades[place], s=30, marker=_OTHERS[number % len(_OTHERS)], edgecolors=INK, linewidths=0.6,
+            zorder=4, label=short[place],
+        )  # fmt: skip
     if str(rows["metric"].iloc[0]) == "accuracy":
         reference_line(ax, 0.5, "chance", horizontal=True, kind="chance")
     ends = np.flatnonzero(stepped)
-    for place in sorted({*ends[:1], *ends[-1:], *np.flatnonzero(~stepped)}):
+    for place in sorted({*ends[:1], *ends[-1:]}):
         ax.annotate(
-            names[str(rows["model"].iloc[place])],
+            short[place],
             (x[place], y[place]),
             xytext=(4, 4),
             textcoords="offset points",
