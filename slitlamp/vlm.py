@@ -525,9 +525,12 @@ class VLM:
             seconds = time.perf_counter() - start
         n_image = tuple(run.batch.image_mask.sum(dim=1).tolist())[:: 1 if plan.beams is None else plan.beams.number]
         tracebacks = () if said is None else said.tracebacks
-        return Generation.of(
+        generation = Generation.of(
             batch, self.tokenizer, rows, plan.ends, n_image=n_image, seconds=seconds, tracebacks=tracebacks
         )
+        for trace in self._open_traces():
+            trace.generated = generation.tokens
+        return generation
 
     def _decode_back(self, batch: Batch, plan: Plan, seed: int | None) -> Decoded | None:
         """What is said under an intervention that goes back; None where none is in force."""

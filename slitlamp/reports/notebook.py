@@ -30,7 +30,7 @@ MOST_ITEMS: Final = 8
 MOST_BYTES: Final = 1_500_000
 _PICTURE: Final = 24_000
 _ROWS: Final = 20
-_FRAME_HEIGHT: Final = 840
+_FRAME_HEIGHT: Final = 900
 _QUERIES: Final = ("before_generated", "generated", "last")
 
 P = ParamSpec("P")
@@ -230,7 +230,6 @@ def _attention(trace: Trace) -> Iterator[str]:
     left = trace.batch.size - len(rows)
     yield _note(
         f"{fitting[0]}: attention over the image, row by row."
-        + (" A trace of generate holds no texts: +1 is the first new token." if trace.decoding else "")
         + (f" {count(left, 'more row')} not shown." if left else "")
         + (f" Also recorded: {', '.join(fitting[1:])}." if fitting[1:] else "")
     )
@@ -268,11 +267,12 @@ def _names(trace: Trace, label: str, row: int, n_queries: int) -> list[str]:
     """What to call the queries: the tokens that they predict or are, where the trace knows them."""
     assert trace.batch is not None
     batch, queries = trace.batch, trace.sites[label].queries
-    if trace.decoding or trace.source is None:
-        return [f"+{number + 1}" for number in range(n_queries)]
-    ids = batch.input_ids[row][batch.generated_mask[row]].tolist()
+    if trace.source is None:
+        return [f"query {number}" for number in range(n_queries)]
+    written = () if trace.generated is None else trace.generated[row]
+    ids = written if trace.decoding else batch.input_ids[row][batch.generated_mask[row]].tolist()
     known = [token_name(trace.source.tokenizer, int(one)) for one in ids]
-    if queries == "last":
+    if queries == "last" and not trace.decoding:
         known = [f"after {known[-1]}" if known else "after the prompt"]
     if not known:
         known = ["after the prompt"]

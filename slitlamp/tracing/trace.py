@@ -158,12 +158,14 @@ class Trace:
 
     TransformerLens's names are taken too: `trace["blocks.2.hook_resid_post"]`. `trace.gradients` holds, for a trace
     opened with `gradient_of`, the gradients with respect to what was recorded, chosen and reduced in the same way.
+    `trace.generated` holds per row the ids that `generate` wrote; None in a forward pass.
     """
 
     def __init__(self, sites: list[Site], gradient_of: Scalar | None = None) -> None:
         self.sites = {site.label: site for site in sites}
         self.steps: list[Step] = []
         self.batch: Batch | None = None
+        self.generated: tuple[tuple[int, ...], ...] | None = None
         self.labels: Any = None  # of the batch's rows, for the views of a probe (`slitlamp.tracing.probe.Labels`)
         self.decoding = False
         self.views: dict[str, Trace] = {}

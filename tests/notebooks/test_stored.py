@@ -10,7 +10,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 NOTEBOOKS = FOLDER.parents[1] / "notebooks"
-LARGEST = 600_000
+LARGEST = 800_000
 
 
 def code_cells(notebook: Any) -> list[Any]:
