@@ -141,6 +141,7 @@ class Config(_Strict):
             many items at most.
         perplexity: whether captions are also scored by how likely the unmodified model finds them.
         showcase: caption items shown word by word in the report: their ids, or true for some chosen by rule.
+        viewer: items to look inside in the report: their ids, how many, or true for twelve.
         seed: of sampling and of the bootstrap.
         batch_size: items per batch, which is also the unit in which work is stored.
         max_new_tokens: limit of an answer, one for all tasks or by task; by default 8 for POPE and 512 for captions, or
