@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import typer
 import yaml
+from browser import browse, needs_chromium
 from documents import ROOT, intervals, rounds_to, text_of
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
@@ -26,13 +25,6 @@ from slitlamp.experiments.config import Config, DatasetConfig, ModelConfig
 from slitlamp.models.families import families_table
 from slitlamp.tracing.sites import SITES
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --allow-file-access-from-files --virtual-time-budget=10000 --dump-dom"
-).split()
 LOOK = """<script>
 const found = {};
 const frames = [...document.querySelectorAll("iframe")];
@@ -220,7 +212,7 @@ def test_links_of_the_documents_lead_somewhere() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (chromium, chromium-browser or google-chrome on the path)")
+@needs_chromium
 def test_pages_opened_as_files_fit_a_telephone_and_are_searched(site: Path, tmp_path: Path) -> None:
     shown = {
         "tutorial": "tutorial/measure.html",
@@ -235,8 +227,7 @@ def test_pages_opened_as_files_fit_a_telephone_and_are_searched(site: Path, tmp_
     )
     outer = tmp_path / "outer.html"
     outer.write_text(f'<!doctype html><body><pre id="found"></pre>{frames}{LOOK}</body>')
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", outer.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True).stdout
+    dom = browse(tmp_path, "--dump-dom", outer.as_uri()).stdout
     text = re.findall(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[0]
     found = json.loads(unescape(text))
     assert set(found) == set(shown)

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import browse, needs_chromium
 from PIL import Image
 
 from slitlamp.reports import write_report
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-pytestmark = [
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="needs Chromium (chromium, chromium-browser or google-chrome on the path)"
-    ),
-    pytest.mark.slow,
-]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --hide-scrollbars "
-    "--disable-component-update --disable-sync --allow-file-access-from-files --virtual-time-budget=5000"
-).split()
+pytestmark = [needs_chromium, pytest.mark.slow]
 MEASURE = """<script>
 const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".table, pre, svg")
   && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName + "." + e.className);
@@ -40,12 +27,6 @@ parent.postMessage({scroll: document.documentElement.scrollWidth, inner: innerWi
 @pytest.fixture(scope="module")
 def report(demo_run: Path) -> Path:
     return write_report(demo_run)
-
-
-def browse(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    assert CHROMIUM is not None
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
 
 
 def framed(tmp_path: Path, page: Path, width: int, script: str = "") -> Path:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browser import browse, needs_chromium
 from PIL import Image
 
 import slitlamp as sl
@@ -19,19 +18,7 @@ from interventions import HeadReinforcement
 from slitlamp.experiments import Experiment, load_dataset
 from slitlamp.reports import write_report
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-pytestmark = [
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="needs Chromium (chromium, chromium-browser or google-chrome on the path)"
-    ),
-    pytest.mark.slow,
-]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --hide-scrollbars "
-    "--disable-component-update --disable-sync --allow-file-access-from-files --virtual-time-budget=20000"
-).split()
+pytestmark = [needs_chromium, pytest.mark.slow]
 
 DRIVE = """<script>
 (async () => {
@@ -124,12 +111,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         progress=False,
     ).run()
     return write_report(run.folder)
-
-
-def browse(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    assert CHROMIUM is not None
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
 
 
 def copied(report: Path, tmp_path: Path, script: str) -> Path:
