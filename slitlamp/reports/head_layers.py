@@ -187,7 +187,7 @@ def time_bars(
             place, row["seconds"], height=0.62, facecolor=look.colour if look.filled else "white", edgecolor=look.colour,
             hatch="" if look.filled else "////", linewidth=1.0, label="_time",
         )  # fmt: skip
-        tokens = f", {row['image_tokens']:.0f} tokens" if "image_tokens" in row else ""
+        tokens = f" ({row['image_tokens']:.0f} tokens)" if "image_tokens" in row else ""
         ax.annotate(
             f"×{row['ratio']:.2f}{tokens}", (row["seconds"], place), xytext=(4, 0), textcoords="offset points", va="center",
             fontsize=8,
@@ -197,7 +197,7 @@ def time_bars(
     letters = 17 if "image_tokens" in table else 6
     room = min(0.7, 0.07 * letters / (0.52 * ax.figure.get_figwidth()))  # type: ignore[union-attr]
     ax.set_xlim(0, float(table["seconds"].max()) / (1 - room))
-    ax.set_xlabel("generation, seconds in all")
+    ax.set_xlabel(f"generation, seconds in all{' (image tokens)' if 'image_tokens' in table else ''}")
     return ax
 
 

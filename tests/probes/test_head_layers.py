@@ -117,7 +117,8 @@ def test_image_tokens_are_told_where_conditions_differ_in_them(tmp_path: Path) -
     assert table["image_tokens"].tolist() == [64.0, 18.0]
     figure = generation_time(data, 6.6)
     assert figure is not None
-    assert [text.get_text() for text in figure.axes[0].texts] == ["×1.00, 64 image tokens", "×0.50, 18 image tokens"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["×1.00 (64 tokens)", "×0.50 (18 tokens)"]
+    assert figure.axes[0].get_xlabel().endswith("(image tokens)")
     counts.assign(image_tokens=64.0).to_parquet(data.folder / "tables" / "token_counts.parquet")
     same = generation_times(RunData(data.folder))
     assert same is not None
