@@ -36,12 +36,17 @@ def read_notebook(name: str) -> Any:
 
 
 def kinds(notebook: Any) -> Kinds:
-    """Per code cell, what kind each output is; neighbouring pieces of one stream are one output."""
+    """Per code cell, what kind each output is; neighbouring pieces of one stream are one output.
+
+    What libraries write to stderr is left out: other machines are warned of other things.
+    """
     found: Kinds = []
     for cell in notebook.cells:
         if cell.cell_type == "code":
             mine: list[tuple[str, ...]] = []
             for output in cell.outputs:
+                if output.get("name") == "stderr":
+                    continue
                 kind = (output.output_type, output.get("name", ""), *sorted(output.get("data", {})))
                 if output.output_type != "stream" or mine[-1:] != [kind]:
                     mine.append(kind)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import browse, needs_chromium
+from browser import answer_of, browse, needs_chromium
 from PIL import Image
 
 import slitlamp as sl
@@ -24,7 +24,7 @@ DRIVE = """<script>
 (async () => {
   const root = document.querySelector(".viewer");
   const pause = () => new Promise((done) => setTimeout(done, 150));
-  const until = async (ready) => { for (let i = 0; i < 60 && !ready(); i += 1) await pause(); };
+  const until = async (ready) => { for (let i = 0; i < 200 && !ready(); i += 1) await pause(); };
   const one = (query) => root.querySelector(query);
   const look = () => ({
     picture: one("canvas.picture").toDataURL(), mass: one("canvas.mass").toDataURL(), live: one(".live").textContent,
@@ -78,9 +78,7 @@ DRIVE = """<script>
   await set(".bar input[type=checkbox]", true, "change"); found.only = look();
   await set(".bar input[type=checkbox]", false, "change");
   await moved(() => { location.hash = "#look=2,3,0,1"; }); found.shared = look();
-  const out = document.createElement("pre");
-  out.id = "found"; out.textContent = JSON.stringify(found);
-  document.body.append(out);
+  await fetch("/found", { method: "POST", body: JSON.stringify(found) });
 })();
 </script></body>"""
 
@@ -125,10 +123,7 @@ def copied(report: Path, tmp_path: Path, script: str) -> Path:
 def seen(report: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the page looks like after each thing that the reader does."""
     folder = tmp_path_factory.mktemp("drive")
-    dom = browse(folder, "--window-size=1200,900", "--dump-dom", copied(report, folder, DRIVE).as_uri()).stdout
-    match = re.search(r'<pre id="found">(.+?)</pre>', dom, flags=re.S)
-    assert match is not None, "the reader's script did not come to its end"
-    found: dict[str, Any] = json.loads(unescape(match[1]))
+    found: dict[str, Any] = answer_of(copied(report, folder, DRIVE), "--window-size=1200,900")
     return found
 
 
