@@ -23,7 +23,7 @@ Array = NDArray[Any]
 Arrays = dict[str, Array]
 
 MAX_BYTES: Final = 7_000_000
-"""What all items of a viewer may take in a page, so that a report with its figures stays below 10 MB."""
+"""What all items of a viewer may take in a page: with up to 3 MB of figures, a report stays below 10 MB."""
 POOLS: Final = (1, 2, 4, 8)
 """Sides of the squares of patches whose weights are added up, the finest first."""
 TOP: Final = 5

@@ -188,6 +188,7 @@ class Trace:
         """A run begins."""
         self.batch = batch
         self.decoding = decoding
+        self.generated = None
 
     def finish(self) -> None:
         """The run has ended well."""
@@ -258,6 +259,10 @@ class Trace:
         maps = torch.stack(
             [record[layer][row].float().cpu() for layer in (record.layers if layers is None else layers)]
         )
+        if site.reduce_heads is not None and heads is not None:
+            raise InputError(
+                f"{label!r} holds no single heads: it was recorded with reduce_heads={site.reduce_heads!r}"
+            )
         if site.reduce_heads is None:
             maps = maps[:, list(heads) if heads is not None else slice(None)].mean(dim=1)
         real = record.mask[row].cpu().nonzero().flatten()

@@ -4,6 +4,7 @@ Tolerance 1e-5 of the largest value, as for `forward`: the two differ in the ord
 """
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,7 +215,23 @@ def test_a_map_of_attention_is_the_recording_on_the_grid(organism: VLM) -> None:
         if len(tokens) < longest:
             with pytest.raises(InputError, match=f"query {len(tokens)} of row {row}: {len(tokens)} were recorded"):
                 trace.attention_map(len(tokens), row)
+    with pytest.raises(InputError, match="'mean' holds no single heads"):
+        trace.attention_map(3, heads=[0], label="mean")
     with pytest.raises(InputError, match="a map needs attention from single queries"):
         trace.attention_map(label="z")
     with pytest.raises(InputError, match="has no grid"):
         trace.attention_map(image=1)
+
+
+def test_a_trace_knows_what_was_generated_in_its_last_run(organism: VLM, tmp_path: Path) -> None:
+    batch = load_dataset("emoji_scenes/captions").take(2).encode(organism)
+    with organism.trace(sites.z(layers=0), store=tmp_path / "store") as trace:
+        generation = organism.generate(batch, max_new_tokens=4)
+        assert trace.generated == generation.tokens
+        another = organism.generate(
+            load_dataset("emoji_scenes/captions").take(1, skip=2).encode(organism), max_new_tokens=4
+        )
+        assert trace.generated == another.tokens
+    with organism.trace(sites.z(layers=0)) as plain:
+        organism.forward(batch)
+    assert plain.generated is None
